@@ -1,0 +1,54 @@
+"""The command `tame`. Nothing heavy is imported until a command needs it, so that `--help` answers at once."""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+USAGE = """\
+usage: tame COMMAND ...
+
+Train Transformers that do not fall over.
+
+commands:
+  train [RECIPE] [--a.b=value ...]   train from a recipe; without one, a vision transformer on handwritten digits
+  report RUN [RUN ...]               one self-contained HTML page from run folders
+  recipes                            the recipes there are, one line each
+
+examples:
+  tame train
+  tame train char-lm --data.path shakespeare.txt --max_steps 500
+  tame train char-lm --data.path shakespeare.txt --resume auto
+  tame report runs/char-lm
+
+`tame COMMAND --help` says more. Exit codes: 0 finished, 1 error, 2 usage, 3 diverged,
+130 and 143 stopped by Ctrl-C or SIGTERM after a save.
+"""
+COMMANDS = {name: f"tameformer.cli.{name}" for name in ("train", "report", "recipes")}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if given else 2
+    if given[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"tameformer {version('tameformer')}")
+        return 0
+    if given[0] not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(given[0], COMMANDS, n=1, cutoff=0.0)[0]
+        print(f"tame: there is no command {given[0]}; did you mean {near}? (`tame --help` lists them)", file=sys.stderr)
+        return 2
+    # Waiting threads that spin take the processor from whatever else runs: one busy neighbour can make two spinning
+    # threads seven times slower than one. Read by OpenMP when torch is loaded, so it is set here.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    return import_module(COMMANDS[given[0]]).main(given[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

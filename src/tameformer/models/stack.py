@@ -1,0 +1,191 @@
+"""What the models share: the configuration of a layer, the layers, and the stack of them."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tameformer.models.parts import PARTS
+from tameformer.nn.attention import MultiHeadAttention, StackCache, check_heads
+from tameformer.nn.drop_path import depth_rates
+from tameformer.nn.residual import branch_drop
+from tameformer.shapes import Mask, Stream, Tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackConfig:
+    """Layers of a Transformer, whatever stands before and after them."""
+
+    dim: int = 128
+    """Width of the residual stream, in features."""
+    num_heads: int = 4
+    """Attention heads of a layer; divides dim."""
+    num_kv_heads: int | None = None
+    """Key-value heads of a layer, shared among the heads; divides num_heads; None is num_heads."""
+    hidden_dim: int | None = None
+    """Width of the feed-forward layer, in features; None is 4 dim, or for swiglu 8/3 dim rounded up to 64s."""
+    residual: Literal["pre", "post", "peri", "none"] = "pre"
+    """Where the norm stands around a residual branch."""
+    norm: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    """Normalization layer."""
+    activation: Literal["relu", "gelu", "swiglu"] = "gelu"
+    """Feed-forward layer: two linear layers with ReLU or GELU between, or three with a SiLU gate."""
+    positions: Literal["sinusoidal", "learned", "rotary", "none"] = "learned"
+    """How a token knows where it stands."""
+    dropout: float = 0.0
+    """Probability of dropping a unit of the embeddings and of each branch's output."""
+    attention_dropout: float = 0.0
+    """Probability of dropping an attention weight."""
+    drop_path: float = 0.0
+    """Probability of dropping a branch for an example, in the last layer; grows linearly from 0 in the first."""
+    bias: bool = True
+    """Whether linear layers and layer norms have a bias."""
+
+    def __post_init__(self):
+        check_choices(self)
+        check_heads(self.dim, self.num_heads, self.kv_heads)
+        if self.hidden_dim is not None and self.hidden_dim < 1:
+            raise ValueError(f"expected hidden_dim of at least 1, got {self.hidden_dim}; leave it out for 4 dim")
+        if self.positions == "rotary" and self.dim // self.num_heads % 2:
+            raise ValueError(
+                f"expected an even dim / num_heads for rotary positions, got {self.dim} / {self.num_heads} = "
+                f"{self.dim // self.num_heads}; change dim or num_heads"
+            )
+        if self.positions == "sinusoidal" and self.dim % 2:
+            raise ValueError(f"expected an even dim for sinusoidal positions, got {self.dim}; make dim even")
+        for name in ("dropout", "attention_dropout", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"expected 0 <= {name} < 1, got {getattr(self, name)}; it is a probability")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads, resolved."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def feed_forward_dim(self) -> int:
+        """Width of the feed-forward layer, resolved."""
+        return PARTS["hidden_dim"][self.activation](self.dim) if self.hidden_dim is None else self.hidden_dim
+
+
+def check_choices(config: Any) -> None:
+    """Refuses a value that a `Literal` field of the dataclass does not list, and counts below 1.
+
+    Raises:
+        ValueError: with the field, the choices and the value.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ValueError(f"expected {name} to be one of {', '.join(get_args(hint))}, got {value!r}")
+        if hint is int and value < 1:
+            raise ValueError(f"expected {name} of at least 1, got {value}")
+
+
+class Layer(nn.Module):
+    """Self-attention and feed-forward, each in its residual placement."""
+
+    def __init__(self, attention: nn.Module, feed_forward: nn.Module):
+        super().__init__()
+        self.attention = attention
+        self.feed_forward = feed_forward
+
+    def forward(
+        self,
+        x: Stream,
+        *,
+        mask: Mask | None = None,
+        is_causal: bool = False,
+        positions: Tokens | None = None,
+        cache: StackCache | None = None,
+        index: int = 0,
+    ) -> Stream:
+        """One layer; `cache.own[index]` holds its keys and values."""
+        own = None if cache is None else cache.own[index]
+        return self.feed_forward(self.attention(x, mask=mask, is_causal=is_causal, positions=positions, cache=own))
+
+
+class CrossLayer(nn.Module):
+    """Self-attention, cross-attention and feed-forward, each in its residual placement."""
+
+    def __init__(self, attention: nn.Module, cross_attention: nn.Module, feed_forward: nn.Module):
+        super().__init__()
+        self.attention = attention
+        self.cross_attention = cross_attention
+        self.feed_forward = feed_forward
+
+    def forward(
+        self,
+        x: Stream,
+        *,
+        memory: Float[Tensor, "batch key dim"],
+        memory_mask: Mask | None = None,
+        mask: Mask | None = None,
+        is_causal: bool = False,
+        positions: Tokens | None = None,
+        cache: StackCache | None = None,
+        index: int = 0,
+    ) -> Stream:
+        """One layer; `cache.own[index]` and `cache.memory[index]` hold its keys and values."""
+        own, other = (None, None) if cache is None else (cache.own[index], cache.memory[index])
+        x = self.attention(x, mask=mask, is_causal=is_causal, positions=positions, cache=own)
+        x = self.cross_attention(x, memory=memory, mask=memory_mask, cache=other)
+        return self.feed_forward(x)
+
+
+class Stack(nn.Module):
+    """Layers one after the other, and the norm at the end where the placement needs one."""
+
+    def __init__(self, layers: list[nn.Module], norm: nn.Module | None):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.Identity() if norm is None else norm
+
+    def forward(self, x: Stream, **kwargs) -> Stream:
+        """The stream after the last layer; keywords go to every layer."""
+        for index, layer in enumerate(self.layers):
+            x = layer(x, index=index, **kwargs)
+        return self.norm(x)
+
+
+def layer_stack(config: StackConfig, *, num_layers: int, max_length: int, cross_attention: bool = False) -> Stack:
+    """The stack that `config` describes; rotary positions, if chosen, are one module that all its layers share."""
+
+    def norm(dim: int) -> nn.Module:
+        return PARTS["norm"][config.norm](dim, bias=config.bias)
+
+    def placed(branch: nn.Module, path_rate: float) -> nn.Module:
+        return placement(config.dim, branch, norm=norm, drop=branch_drop(config.dropout, path_rate))
+
+    def attention(positions: nn.Module | None) -> MultiHeadAttention:
+        return MultiHeadAttention(
+            config.dim,
+            config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            bias=config.bias,
+            dropout=config.attention_dropout,
+            positions=positions,
+        )
+
+    placement = PARTS["residual"][config.residual]
+    turned = PARTS["turned_positions"][config.positions]
+    turn = None if turned is None else turned(max_length, config.dim // config.num_heads)
+    layers: list[nn.Module] = []
+    for rate in depth_rates(config.drop_path, num_layers):
+        own = placed(attention(turn), rate)
+        cross = [placed(attention(None), rate)] if cross_attention else []
+        feed_forward = PARTS["activation"][config.activation](config.dim, config.feed_forward_dim, bias=config.bias)
+        layers.append((CrossLayer if cross_attention else Layer)(own, *cross, placed(feed_forward, rate)))
+    return Stack(layers, norm(config.dim) if placement.needs_final_norm else None)
+
+
+def added_positions(config: StackConfig, max_length: int) -> nn.Module | None:
+    """The module that adds positions to embeddings, or None if `config` chose none that is added."""
+    added = PARTS["added_positions"][config.positions]
+    return None if added is None else added(max_length, config.dim)
+
+
+def embedding_scale(config: StackConfig) -> float:
+    """Factor on the token embeddings: sqrt(dim) beside sinusoidal positions, which would drown them, else 1."""
+    return config.dim**0.5 if config.positions == "sinusoidal" else 1.0

@@ -1,0 +1,1 @@
+"""Building blocks: attention, positions, norms, feed-forward layers, residual placements, stems, poolings."""

@@ -1,0 +1,22 @@
+"""How weights are updated: parameter groups, schedules, clipping, and the one optimizer that torch lacks."""
+
+from tameformer.optim.clipping import clip_norm
+from tameformer.optim.groups import Rule, Selector, decay_groups, is_any, is_matrix, parameter_groups
+from tameformer.optim.lars import LARS
+from tameformer.optim.settings import OptimConfig, Schedule, optimizers, schedule, warmup_steps
+
+__all__ = [
+    "LARS",
+    "OptimConfig",
+    "Rule",
+    "Schedule",
+    "Selector",
+    "clip_norm",
+    "decay_groups",
+    "is_any",
+    "is_matrix",
+    "optimizers",
+    "parameter_groups",
+    "schedule",
+    "warmup_steps",
+]

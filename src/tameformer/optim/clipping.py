@@ -1,0 +1,48 @@
+"""Gradient clipping by norm, with the norm before clipping handed back.
+
+References:
+    Pascanu et al. 2013, "On the difficulty of training recurrent neural networks", arXiv:1211.5063.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Scale all gradients so that their joint L2 norm is at most `max_norm`; returns the norm before.
+
+    A non-finite norm is returned as it is. Then the gradients are left untouched: multiplying by NaN or by 1/inf would
+    spread one bad entry over every tensor and hide where it came from.
+
+    Args:
+        parameters: Those without a gradient are passed over.
+        max_norm: None measures and does not clip.
+
+    Returns:
+        The norm before clipping, a scalar on the gradients' device; 0 when there is no gradient.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> clip_norm([weight], 1.0), weight.grad
+        (tensor(5.), tensor([0.6000, 0.8000]))
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    # Only tensors that live on one device in one piece have foreach kernels that are worth it; torch chooses for the rest.
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True if _plain(gradients) else None)
+    if hasattr(norm, "full_tensor"):  # sharded gradients: the norm of the shards is not yet the norm
+        norm = norm.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
+    if max_norm is not None and gradients:
+        if norm.device.type == "cpu":  # reading a number is free here, and most steps need no second pass
+            if max_norm < norm < torch.inf:
+                torch._foreach_mul_(gradients, max_norm / float(norm))
+        else:
+            factor = torch.where(norm.isfinite(), (max_norm / norm).clamp(max=1.0), torch.ones_like(norm))
+            torch._foreach_mul_(gradients, factor)
+    return norm
+
+
+def _plain(tensors: list[Tensor]) -> bool:
+    return all(type(tensor) is Tensor for tensor in tensors)

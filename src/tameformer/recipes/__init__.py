@@ -1,0 +1,1 @@
+"""Whole training runs: one task a file, one recipe a YAML file."""

@@ -1,0 +1,107 @@
+"""A language model over characters (Karpathy 2015, "The unreasonable effectiveness of recurrent neural networks")."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tameformer.data import ShuffledBatches, Source, single_pass
+from tameformer.data.text import read_text
+from tameformer.data.tokenizers import CharTokenizer
+from tameformer.data.windows import EvaluationWindows, TokenWindows
+from tameformer.models.decoder import DecoderConfig, decoder
+from tameformer.recipes.assemble import assemble, require_path, seeded
+from tameformer.recipes.config import RecipeConfig
+from tameformer.train import Engine, Run, mean_metrics
+from tameformer.train.step import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextDataConfig:
+    """One text, cut into a part to learn and a part to be judged by."""
+
+    path: str | None = None
+    """A text file in UTF-8; may be compressed (.gz)."""
+    validation_fraction: float = 0.1
+    """Share of the text, taken from its end, that is evaluated."""
+    tuning_fraction: float = 0.0
+    """Share of the learning part, taken from its end, that is evaluated instead, to choose settings by."""
+    batch_size: int = 12
+    """Windows that one optimizer step sees, over all processes."""
+    eval_batch_size: int = 64
+    """Windows evaluated at a time."""
+    num_workers: int = 0
+    """Processes that prepare batches ahead."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"data.validation_fraction must lie between 0 and 1, got {self.validation_fraction}")
+        if not 0 <= self.tuning_fraction < 1:
+            raise ValueError(f"data.tuning_fraction must lie in [0, 1), got {self.tuning_fraction}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RecipeConfig):
+    """Training of a character-level language model."""
+
+    data: TextDataConfig = field(default_factory=TextDataConfig)
+    """The text."""
+    model: DecoderConfig = field(default_factory=lambda: DecoderConfig(max_length=64))
+    """The decoder; its `max_length` is the context."""
+    max_steps: int | None = 2000
+    """Optimizer steps; null trains for `num_train_epochs`."""
+
+
+def build(config: Config, folder: Path) -> Run:
+    """The run that the configuration describes; its characters go to `tokenizer.json` in the run folder."""
+    text = read_text(require_path(config.data.path, "a text file"))
+    tokenizer = CharTokenizer.from_text(text)
+    tokens = tokenizer.encode(text)
+    learning, judging = cut(tokens, config.data.validation_fraction)
+    if config.data.tuning_fraction:
+        learning, judging = cut(learning, config.data.tuning_fraction)
+    train = TokenWindows(learning, config.model.max_length)
+    model = seeded(config.seed, lambda: decoder(config.model, vocab_size=tokenizer.vocab_size))
+    return assemble(
+        config,
+        model=model,
+        source=train,
+        plan=ShuffledBatches(len(train), config.data.batch_size, seed=config.order_seed),
+        loss=language_loss,
+        unit="tokens",
+        evaluate=partial(
+            evaluate,
+            source=EvaluationWindows(judging, config.model.max_length),
+            batch_size=config.data.eval_batch_size,
+        ),
+        num_workers=config.data.num_workers,
+        artifacts={"tokenizer.json": tokenizer.to_json() + "\n"},
+    )
+
+
+def cut(tokens: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """The tokens without a share at the end, and that share."""
+    boundary = round(len(tokens) * (1 - fraction))
+    return tokens[:boundary], tokens[boundary:]
+
+
+def language_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy summed over the targets that count."""
+    logits = model(batch["tokens"])
+    return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="sum", ignore_index=-100)
+
+
+def evaluate(engine: Engine, model: nn.Module, *, source: Source, batch_size: int) -> dict[str, float]:
+    """Mean cross-entropy in nats per token, and its exponential."""
+    batches = single_pass(source, batch_size, rank=engine.rank, world_size=engine.world_size)
+    metrics = mean_metrics(engine, model, batches, measure)
+    return {**metrics, "perplexity": math.exp(min(metrics["loss"], 700.0))}
+
+
+def measure(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    """Sums over a batch of windows."""
+    return {"loss": language_loss(model, batch)}

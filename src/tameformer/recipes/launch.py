@@ -1,0 +1,257 @@
+"""From a recipe to a finished run folder: build, resume, train, report."""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tameformer import config as configuration
+from tameformer.errors import CheckpointError, ConfigError
+from tameformer.recipes.catalogue import Recipe, resolve, with_values
+from tameformer.record import CONFIG, ENVIRONMENT, LOG, RunWriter, write_atomically
+from tameformer.report import write_report
+from tameformer.train import CheckpointFolder, Engine, Listener, Listeners, Loop, Run, StopRequest
+from tameformer.train import checkpoint as checkpoints_on_disk
+from tameformer.train.environment import environment
+from tameformer.train.listeners import RecordListener, TensorBoardListener
+from tameformer.train.precision import PRECISIONS, candidates, fastest
+
+# A resume may change these and still be the same run: they do not touch what is learned.
+_HARMLESS = ("output_dir", "precision", "loop.logging_steps", "loop.eval_steps", "checkpoint.", "data.num_workers")
+# These decide what the weights mean, or which samples a step sees; nothing learned so far would fit.
+_FUNDAMENTAL = ("task", "model.", "data.", "seed", "data_seed", "optim.name", "overfit_batches")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training run gave."""
+
+    folder: Path
+    """The run folder."""
+    step: int
+    """Steps completed."""
+    finished: bool
+    """False when a signal stopped it after a save; resume it with `resume="auto"`."""
+    metrics: Mapping[str, float]
+    """The last value of every metric, by slash-separated key."""
+    exit_code: int
+    """0, or 128 + the number of the signal that stopped the run."""
+
+
+def train(
+    recipe: str,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    resume: str = "never",
+    listeners: Sequence[Listener] = (),
+) -> Result:
+    """Train from a recipe.
+
+    Args:
+        recipe: A name that `tame recipes` lists, or the path of a YAML file.
+        overrides: Changes by key, such as `{"optim.peak_lr": 3e-4}`.
+        resume: "never" starts anew, "auto" continues the run folder where it stands or starts anew, anything else is
+            the path of a checkpoint.
+        listeners: Told of everything that happens.
+
+    Returns:
+        The run folder and the last metrics.
+
+    Raises:
+        ConfigError: Unknown key, bad value, or a run folder that belongs to another configuration.
+        DataError: Data that cannot be trained on.
+        NonFiniteError: The run diverged; its last checkpoint is sound.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> result = train("vit-digits", overrides={"max_steps": 5, "output_dir": folder})
+        >>> result.step, sorted(key for key in result.metrics if key.startswith("eval/"))
+        (5, ['eval/accuracy', 'eval/loss'])
+    """
+    return launch(resolve(recipe, overrides), resume=resume, listeners=listeners)
+
+
+def launch(recipe: Recipe, *, resume: str = "never", listeners: Sequence[Listener] = ()) -> Result:
+    """As `train`, for a configuration that is complete already."""
+    engine = Engine()
+    folder = Path(engine.gather([str(choose_folder(recipe, resume)) if engine.is_main else None])[0])
+    checkpoint, skipped = find_checkpoint(folder, resume)
+    drift = check_drift(folder, recipe) if checkpoint is not None else []
+    if checkpoint is not None and recipe.config.precision == "auto":
+        recipe = with_values(recipe, precision=_stored_values(folder)["precision"])
+    run: Run = recipe.build(recipe.config, folder)
+    recipe, timings = settle_precision(recipe, run, engine)
+
+    snapshot = checkpoints_on_disk.load(checkpoint) if checkpoint is not None else None
+    resume_step = snapshot.state["step"] if snapshot else None
+    told: list[Listener] = list(listeners) if engine.is_main else []
+    if engine.is_main:
+        folder.mkdir(parents=True, exist_ok=True)  # not earlier: what is refused leaves nothing behind
+        for name, text in run.artifacts.items():
+            write_atomically(folder / name, text)
+        write_atomically(folder / CONFIG, recipe.to_yaml())
+        described = environment(world_size=engine.world_size)
+        write_atomically(folder / ENVIRONMENT, json.dumps(described, indent=1, ensure_ascii=False) + "\n")
+        writer = RunWriter(folder, resume_step=resume_step)
+        told = [RecordListener(writer), TensorBoardListener(folder, resume_step=resume_step), *told]
+    with ExitStack() as stack:
+        listener = Listeners(*told)
+        stop = stack.enter_context(StopRequest())
+        loop = Loop(run, engine, CheckpointFolder(folder, keep_last=recipe.config.checkpoint.keep_last), listener, stop)
+        if snapshot is not None:
+            loop.restore(snapshot)
+        for kind, message, details in _opening_events(run, recipe, timings, checkpoint, skipped, drift):
+            listener.on_event(loop.step, kind, message, details)
+        try:
+            outcome = loop.train()
+        finally:
+            listener.on_train_end(loop.step)
+            if engine.is_main:
+                write_report(folder)
+    interrupted = outcome.status == "running"
+    return Result(folder, outcome.step, not interrupted, outcome.metrics, stop.exit_code if interrupted else 0)
+
+
+def choose_folder(recipe: Recipe, resume: str) -> Path:
+    """The run folder: the one given, or the first free of runs/NAME, runs/NAME-2, ...; with a resume the last used.
+
+    Raises:
+        ConfigError: The folder given holds a run already, and `resume` does not say to continue it.
+    """
+    if resume not in ("auto", "never"):
+        path = Path(resume)
+        return path.parent.parent if path.parent.name == "checkpoints" else path
+    if recipe.config.output_dir is not None:
+        folder = Path(recipe.config.output_dir)
+        if resume == "never" and (folder / LOG).exists():
+            raise ConfigError(
+                f"{folder} holds a run already; continue it with --resume auto, or give another --output_dir"
+            )
+        return folder
+    number = 1
+    while (_numbered(recipe.name, number) / LOG).exists():
+        number += 1
+    return _numbered(recipe.name, max(1, number - 1) if resume == "auto" else number)
+
+
+def _numbered(name: str, number: int) -> Path:
+    return Path("runs") / (name if number == 1 else f"{name}-{number}")
+
+
+def find_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint to continue from, and why newer ones are passed over; None starts anew.
+
+    Raises:
+        CheckpointError: The one asked for does not verify, or all there are do not.
+    """
+    if resume == "never":
+        return None, []
+    if resume != "auto" and Path(resume).parent.name == "checkpoints":
+        checkpoints_on_disk.verify(Path(resume))
+        return Path(resume), []
+    found, skipped = CheckpointFolder(folder).newest_verified()
+    if found is None and (skipped or resume != "auto"):
+        raise CheckpointError(f"{folder} holds no sound checkpoint: {'; '.join(skipped) or 'there is none'}")
+    return found, skipped
+
+
+def check_drift(folder: Path, recipe: Recipe) -> list[str]:
+    """What differs between the folder's configuration and this one, one sentence a key.
+
+    Raises:
+        ConfigError: Something differs without which the weights so far mean nothing.
+    """
+    stored = configuration.flatten(_stored_values(folder))
+    ours = configuration.flatten({"task": recipe.task, **asdict(recipe.config)})
+    drift: list[str] = []
+    for key, value in ours.items():
+        value = list(value) if isinstance(value, tuple) else value
+        if key in stored and stored[key] != value and not key.startswith(_HARMLESS):
+            sentence = f"{key} was {stored[key]} and is {value}"
+            if key.startswith(_FUNDAMENTAL):
+                raise ConfigError(
+                    f"{folder} belongs to another configuration: {sentence}. "
+                    f"Repeat the command that began the run, or give another --output_dir"
+                )
+            drift.append(sentence)
+    return drift
+
+
+def _stored_values(folder: Path) -> dict[str, Any]:
+    return configuration.read_yaml(folder / CONFIG)
+
+
+def settle_precision(recipe: Recipe, run: Run, engine: Engine) -> tuple[Recipe, dict[str, float]]:
+    """Set the engine's precision; `auto` becomes the name of the fastest, timed on the first batch.
+
+    Gradients, weights and the random state are afterwards as they were.
+    """
+    name, timings = recipe.config.precision, {}
+    if name == "auto":
+        names = candidates(engine.device)
+        if len(names) > 1:
+            name, timings = fastest(names, _rehearsal(run, engine))
+            name = engine.gather([name])[0]  # all processes do as the first
+        else:
+            name = names[0]
+    _set_precision(name, run, engine)
+    return with_values(recipe, precision=name), timings
+
+
+def _set_precision(name: str, run: Run, engine: Engine) -> None:
+    engine.autocast_dtype = PRECISIONS[name].autocast_dtype
+    run.set_attention_dtype(PRECISIONS[name].attention_dtype)
+
+
+def _rehearsal(run: Run, engine: Engine):
+    """Forward and backward of one micro-batch in the precision named."""
+    stream = run.batches(start=0, stop=1, rank=engine.rank, world_size=engine.world_size)
+    batch = engine.place(next(iter(stream))[0])
+    run.model.to(engine.device).train()
+
+    def run_once(name: str) -> None:
+        _set_precision(name, run, engine)
+        with torch.random.fork_rng(devices=[]):
+            with engine.autocast():
+                loss = run.loss(run.model, batch)
+            torch.autograd.grad(loss, [p for p in run.model.parameters() if p.requires_grad], allow_unused=True)
+
+    return run_once
+
+
+def _opening_events(
+    run: Run,
+    recipe: Recipe,
+    timings: Mapping[str, float],
+    checkpoint: Path | None,
+    skipped: Sequence[str],
+    drift: Sequence[str],
+) -> list[tuple[str, str, dict[str, Any]]]:
+    """What was decided before the first step."""
+    events: list[tuple[str, str, dict[str, Any]]] = []
+    if checkpoint is None:
+        parameters = sum(parameter.numel() for parameter in run.model.parameters())
+        groups = {
+            group.get("name", "all"): sum(p.numel() for p in group["params"])
+            for optimizer in run.optimizers
+            for group in optimizer.param_groups
+        }
+        told = ", ".join(f"{count:,} in group {name}" for name, count in groups.items())
+        events.append(("start", f"{recipe.name}: {parameters:,} parameters ({told}), {run.max_steps} steps", {}))
+    else:
+        events.append(("resume", f"continues from {checkpoint.name}", {}))
+    events += [("checkpoint_skipped", sentence, {}) for sentence in skipped]
+    events += [("config_drift", f"{sentence}, from here on", {}) for sentence in drift]
+    if timings:
+        times = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in timings.items())
+        events.append(
+            ("precision", f"precision {recipe.config.precision}: fastest on the first batch ({times})", dict(timings))
+        )
+    elif checkpoint is None:
+        events.append(("precision", f"precision {recipe.config.precision}", {}))
+    return events

@@ -1,0 +1,294 @@
+"""What a run's record says, in words: pure functions of what was logged, each finding with its step and its number."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from tameformer.report.read import Probe, Run, Series
+
+Level = Literal["good", "note", "bad"]
+State = Literal["empty", "unfinished", "finished", "stopped", "diverged"]
+
+COLLAPSED = 0.1  # share of its ceiling below which a head's attention counts as collapsed onto few keys
+ALWAYS_CLIPPED = 0.9  # clip rate above which the threshold, not the gradient, sets the length of every update
+_NAMES = {"train/lr": "Learning rate", "train/grad_norm": "Gradient norm", "train/clip_rate": "Share of steps clipped"}
+_LOWER_IS_BETTER = re.compile(r"loss|perplexity|error|(^|_)(wer|cer|ppl|mae|mse|rmse)($|_)")
+_HIGHER_IS_BETTER = re.compile(r"accuracy|bleu|chrf|precision|recall|(^|_)(f1|auc|map|acc|r2)($|_)")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One sentence of the verdict and how worrying it is."""
+
+    level: Level
+    text: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The state of the run, the line that sums it up, and the findings behind it."""
+
+    state: State
+    headline: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def level(self) -> Level:
+        """The most worrying level: `bad` for a diverged run or any bad finding."""
+        levels = {finding.level for finding in self.findings}
+        if self.state == "diverged" or "bad" in levels:
+            return "bad"
+        return "good" if self.state == "finished" and "note" not in levels else "note"
+
+
+def judge(run: Run) -> Verdict:
+    """The verdict on a run, from its log, probes and events alone."""
+    state, headline = run_state(run)
+    findings = [
+        non_finite(run.log),
+        loss_course(run.log.get("train/loss"), diverged=state == "diverged"),
+        *(metric_course(key, series) for key, series in run.log.items() if is_metric(key)),
+        *(test_result(key, series) for key, series in run.log.items() if key.startswith("test/")),
+        over_fitting(run.log.get("train/loss"), run.log.get("eval/loss")),
+        clipping(run.log.get("train/clip_rate")),
+        *collapsed_attention(run),
+    ]
+    worst_first = {"bad": 0, "note": 1, "good": 2}
+    told = sorted((finding for finding in findings if finding is not None), key=lambda it: worst_first[it.level])
+    if state == "finished" and told and told[0].level == "bad":
+        headline = f"{headline[:-1]}, with problems."
+    return Verdict(state, headline, tuple(told))
+
+
+def run_state(run: Run) -> tuple[State, str]:
+    """Whether the run finished, was stopped, diverged or is still going, and the sentence that says so."""
+    if not run.log:
+        return "empty", "Nothing has been logged yet."
+    last = run.last_step
+    loss = run.log.get("train/loss")
+    marks = [event for event in run.events if event.kind in ("start", "resume", "stop", "finish")]
+    ended = marks[-1].kind if marks and marks[-1].kind in ("stop", "finish") else None
+    if loss is not None and len(loss) and not np.isfinite(loss.values[-1]):
+        tail = loss.finite.steps[-1] if len(loss.finite) else -1
+        since = int(loss.steps[loss.steps > tail][0])
+        ending = {"finish": "; it ran to its end at step {:,}", "stop": "; it was stopped at step {:,}"}
+        return (
+            "diverged",
+            f"Diverged: the loss is not finite since step {since:,}{ending.get(ended or '', '').format(last)}.",
+        )
+    if ended == "finish":
+        return "finished", f"Finished at step {last:,}."
+    if ended == "stop":
+        return "stopped", f"Stopped at step {last:,}, before its end."
+    return "unfinished", f"Not finished: still running, or killed. The last record is of step {last:,}{_planned(run)}."
+
+
+def non_finite(log: dict[str, Series]) -> Finding | None:
+    """How many logged values are NaN or infinite, in which series, first at which step."""
+    hit = {key: series.non_finite_steps for key, series in log.items() if len(series.non_finite_steps)}
+    if not hit:
+        return None
+    first = min(int(steps[0]) for steps in hit.values())
+    keys = [key for key, steps in hit.items() if steps[0] == first]
+    count = sum(len(steps) for steps in hit.values())
+    values = "value is" if count == 1 else "values are"
+    return Finding("bad", f"{count:,} logged {values} not finite, first at step {first:,} ({_enumerate(keys)}).")
+
+
+def loss_course(loss: Series | None, *, diverged: bool = False) -> Finding | None:
+    """How far the training loss fell, on its smoothed finite values; bad when it ends well above where it was."""
+    if loss is None or len(loss.finite) < 2:
+        return None
+    smooth = smoothed(loss.finite)
+    start, end, lowest = loss.finite.values[0], smooth.values[-1], smooth.values.min()
+    at = int(smooth.steps[int(smooth.values.argmin())])
+    if end - lowest > 0.25 * max(abs(start - lowest), 1e-12) and end > lowest:
+        if end > start:
+            return Finding(
+                "bad",
+                f"Training loss rose from {number(start)} to {number(end)} (lowest {number(lowest)}, step {at:,}).",
+            )
+        return Finding(
+            "bad",
+            f"Training loss fell from {number(start)} to {number(lowest)} by step {at:,}, then rose to {number(end)}.",
+        )
+    until = " before it diverged" if diverged else ""
+    return Finding("note" if diverged else "good", f"Training loss fell from {number(start)} to {number(end)}{until}.")
+
+
+def is_metric(key: str) -> bool:
+    """Whether the key is an evaluation metric."""
+    return key.startswith("eval/")
+
+
+def direction(key: str) -> Literal["lower", "higher"] | None:
+    """Which way the metric gets better; None when its name does not tell.
+
+    Example:
+        >>> direction("eval/loss"), direction("eval/bleu"), direction("eval/gate")
+        ('lower', 'higher', None)
+    """
+    name = key.rsplit("/", 1)[-1].lower()
+    return "lower" if _LOWER_IS_BETTER.search(name) else "higher" if _HIGHER_IS_BETTER.search(name) else None
+
+
+def best(key: str, series: Series) -> tuple[int, float] | None:
+    """Step and value of the best finite point; None without one, or when the direction is not known."""
+    finite, way = series.finite, direction(key)
+    if way is None or not len(finite):
+        return None
+    at = int(finite.values.argmin() if way == "lower" else finite.values.argmax())
+    return int(finite.steps[at]), float(finite.values[at])
+
+
+def metric_course(key: str, series: Series) -> Finding | None:
+    """The last and the best value of an evaluation metric."""
+    if not len(series.finite):
+        return None
+    last, top = series.finite, best(key, series)
+    text = f"{label(key)}: {quantity(key, last.values[-1])} at step {int(last.steps[-1]):,}"
+    if top is None or len(last) == 1:
+        return Finding("good", f"{text}.")
+    if top[1] == last.values[-1]:
+        return Finding("good", f"{text}, its best.")
+    return Finding("good", f"{text}; best {quantity(key, top[1])} at step {top[0]:,}.")
+
+
+def test_result(key: str, series: Series) -> Finding | None:
+    """The final value of a test metric."""
+    return Finding("good", f"{label(key)}: {quantity(key, series.finite.values[-1])}.") if len(series.finite) else None
+
+
+def over_fitting(train: Series | None, evaluation: Series | None) -> Finding | None:
+    """Evaluation loss that rose at least twice and 2 % above its best while the training loss went on falling."""
+    if train is None or evaluation is None or len(evaluation.finite) < 3 or len(train.finite) < 2:
+        return None
+    points, smooth = evaluation.finite, smoothed(train.finite)
+    at = int(points.values.argmin())
+    lowest, last, since = points.values[at], points.values[-1], int(points.steps[at])
+    then = float(np.interp(since, smooth.steps, smooth.values))
+    if len(points) - 1 - at < 2 or last - lowest <= 0.02 * abs(lowest) or smooth.values[-1] >= then:
+        return None
+    return Finding(
+        "note",
+        f"Over-fitting since about step {since:,}: evaluation loss rose from {number(lowest)} to {number(last)} "
+        f"while training loss fell from {number(then)} to {number(smooth.values[-1])}.",
+    )
+
+
+def clipping(rate: Series | None) -> Finding | None:
+    """The share of logged steps whose gradient was clipped."""
+    if rate is None or not len(rate.finite):
+        return None
+    mean = float(rate.finite.values.mean())
+    text = f"The gradient was clipped on {100 * mean:.0f} % of steps"
+    if mean > ALWAYS_CLIPPED:
+        return Finding("note", f"{text}: the clipping threshold sets the update length; raise it, or lower the rate.")
+    return Finding("good", f"{text}.") if mean > 0 else Finding("good", "No gradient was clipped.")
+
+
+def collapsed_attention(run: Run) -> list[Finding]:
+    """A finding for each layer with heads whose entropy is below a tenth of its ceiling, up to the last measurement.
+
+    Non-finite entropies say nothing about collapse and are passed over; heads without a known ceiling are not judged.
+    """
+    probe = run.probes.get("attention_entropy")
+    ceilings = run.ceiling(probe) if probe is not None else None
+    if probe is None or ceilings is None:
+        return []
+    heads: dict[str, list[tuple[int | None, int]]] = {}
+    for row, (layer, head) in enumerate(probe.rows):
+        since = _collapsed_since(probe, ceilings, row)
+        if since is not None:
+            heads.setdefault(layer, []).append((head, since))
+    loss = run.log.get("train/loss")
+    broken = loss.non_finite_steps if loss is not None else ()
+    return [
+        Finding("bad", _collapse(layer, found, int(broken[0]) if len(broken) else None))
+        for layer, found in heads.items()
+    ]
+
+
+def smoothed(series: Series) -> Series:
+    """Centred, triangular moving mean over about a fifteenth of the points, so no lag; short series as they are.
+
+    The values must be finite.
+    """
+    half = len(series) // 30
+    if len(series) < 12:
+        return series
+    kernel = np.bartlett(2 * max(1, half) + 3)
+    total = np.convolve(series.values, kernel, "same")
+    return Series(series.steps, total / np.convolve(np.ones(len(series)), kernel, "same"))
+
+
+def number(value: float) -> str:
+    """A number at four significant digits, thousands separated.
+
+    Example:
+        >>> number(0.00012345), number(1.5), number(123456.0), number(float("nan"))
+        ('0.0001234', '1.5', '123,456', 'NaN')
+    """
+    if not np.isfinite(value):
+        return "NaN" if np.isnan(value) else "\u221e" if value > 0 else "\u2212\u221e"
+    if 1000 <= abs(value) < 1e9:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def quantity(key: str, value: float) -> str:
+    """A metric's value as people write it: accuracy in per cent, the rest as numbers."""
+    is_share = key.endswith("accuracy") and -1 <= value <= 1
+    return f"{100 * value:.2f} %" if is_share else number(value)
+
+
+def label(key: str) -> str:
+    """A key in words.
+
+    Example:
+        >>> label("eval/perplexity_per_byte"), label("train/grad_norm")
+        ('Evaluation perplexity per byte', 'Gradient norm')
+    """
+    group, _, name = key.partition("/")
+    words = {"eval": "evaluation", "train": "training", "perf": ""}.get(group, group)
+    if key in _NAMES:
+        return _NAMES[key]
+    text = f"{words} {(name or '').replace('_', ' ').replace('/', ' ')}".strip().replace("bleu", "BLEU")
+    return text[:1].upper() + text[1:]
+
+
+def _planned(run: Run) -> str:
+    """Of how many steps, when the start or resume event says it."""
+    for event in reversed(run.events):
+        total = event.details.get("max_steps")
+        if event.kind in ("start", "resume") and isinstance(total, int) and not isinstance(total, bool):
+            return f" of {total:,}"
+    return ""
+
+
+def _collapsed_since(probe: Probe, ceilings: np.ndarray, row: int) -> int | None:
+    """The first step of the unbroken stretch below the mark that reaches the last finite measurement."""
+    known = np.isfinite(probe.values[row]) & (ceilings[row] > 0)
+    low = (probe.values[row] < COLLAPSED * ceilings[row])[known]
+    if not len(low) or not low[-1]:
+        return None
+    healthy = np.flatnonzero(~low)
+    return int(probe.steps[known][healthy[-1] + 1 if len(healthy) else 0])
+
+
+def _collapse(layer: str, found: list[tuple[int | None, int]], broken: int | None) -> str:
+    first, last = min(since for _, since in found), max(since for _, since in found)
+    names = [str(head) for head, _ in found if head is not None]
+    heads = f" head{'s' * (len(names) > 1)} {_enumerate(names)}" if names else ""
+    since = f"since step {first:,}" if first == last else f"since steps {first:,} to {last:,}"
+    before = f", {broken - first:,} steps before the loss broke" if broken is not None and broken > first else ""
+    where = f"{layer},{heads}" if heads else layer
+    return f"Attention entropy in {where} is below a tenth of its ceiling {since}{before}: attention is collapsing."
+
+
+def _enumerate(words: list[str], limit: int = 6) -> str:
+    if len(words) > limit:
+        return f"{', '.join(words[:limit])} and {len(words) - limit} more"
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

@@ -1,0 +1,56 @@
+"""Listeners that write: the run's own log, and TensorBoard beside it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tameformer.record import TENSORBOARD, RunWriter
+from tameformer.train.events import Listener
+
+
+class RecordListener(Listener):
+    """Writes `log.jsonl`, `probes.jsonl` and `events.jsonl`."""
+
+    def __init__(self, writer: RunWriter) -> None:
+        self.writer = writer
+
+    def on_log(self, step: int, values: Mapping[str, float]) -> None:
+        self.writer.log(step, values)
+
+    def on_evaluate(self, step: int, values: Mapping[str, float]) -> None:
+        self.writer.log(step, values)
+
+    def on_probe(self, step: int, values: Mapping[str, float]) -> None:
+        self.writer.probe(step, values)
+
+    def on_save(self, step: int) -> None:
+        self.writer.event(step, "checkpoint", f"checkpoint of step {step} saved")
+
+    def on_event(self, step: int, kind: str, message: str, details: Mapping[str, Any]) -> None:
+        self.writer.event(step, kind, message, **details)
+
+    def on_train_end(self, step: int) -> None:
+        self.writer.close()
+
+
+class TensorBoardListener(Listener):
+    """Writes event files for TensorBoard; on a resume, the steps after the checkpoint are purged there, too."""
+
+    def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # imported late: it costs as much as the first steps
+
+        purge = None if resume_step is None else resume_step + 1
+        self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge)
+
+    def on_log(self, step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, step)
+
+    def on_evaluate(self, step: int, values: Mapping[str, float]) -> None:
+        self.on_log(step, values)
+
+    def on_event(self, step: int, kind: str, message: str, details: Mapping[str, Any]) -> None:
+        self._writer.add_text(f"event/{kind}", message, step)
+
+    def on_train_end(self, step: int) -> None:
+        self._writer.close()

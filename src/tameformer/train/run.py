@@ -1,0 +1,116 @@
+"""What the loop is handed: finished objects, and how often to do what."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tameformer.train.checkpoint import CheckpointConfig
+from tameformer.train.engine import Engine
+from tameformer.train.step import Batch, Loss
+
+Evaluation = Callable[[Engine, nn.Module], dict[str, float]]
+"""From a model to metrics such as `loss`, over all processes; the model comes in evaluation mode, without gradients."""
+
+
+@runtime_checkable
+class Plan(Protocol):
+    """Where a step lies in the passes over the data."""
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """The epoch of a step and its number within the epoch."""
+        ...
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        """How many steps an epoch has."""
+        ...
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """The micro-batches of one process, step by step."""
+
+    def __call__(self, *, start: int, stop: int, rank: int, world_size: int) -> Iterator[Sequence[Batch]]:
+        """The micro-batches of each step from `start` to before `stop`."""
+        ...
+
+
+@runtime_checkable
+class Probe(Protocol):
+    """A quantity measured during a step, without changing it."""
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Measure the step that runs inside."""
+        ...
+
+    def read(self) -> Mapping[str, Tensor]:
+        """What the last watched step gave: one-dimensional tensors on the device, by `diag/<probe>/<layer>`."""
+        ...
+
+    def summary(self, values: Mapping[str, float]) -> Mapping[str, float]:
+        """A few numbers for the log of the run, from the values on the host by `diag/<probe>/<layer>[/<head>]`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How often the loop does what."""
+
+    logging_steps: int = 10
+    """Steps between lines of the log."""
+    eval_steps: int | None = None
+    """Steps between evaluations; null evaluates at the end of each epoch."""
+    early_stopping_patience: int | None = None
+    """Stop after this many evaluations without a better `checkpoint.best_metric`; null never stops early."""
+
+    def __post_init__(self) -> None:
+        for name in ("logging_steps", "eval_steps", "early_stopping_patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"loop.{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that one training run consists of."""
+
+    model: nn.Module
+    """The model, with its patches applied."""
+    loss: Loss
+    """The loss of a batch, summed over its targets."""
+    batches: Stream
+    """The training data."""
+    plan: Plan
+    """The epochs of the training data."""
+    optimizers: Sequence[Optimizer]
+    """Each parameter in exactly one."""
+    schedule: Callable[[int], float]
+    """From the step to the factor on every group's peak rate."""
+    max_steps: int
+    """Optimizer steps in the whole run."""
+    unit: str
+    """What `num_items` counts: "samples" or "tokens"."""
+    max_grad_norm: float | None = None
+    """Joint norm that gradients are clipped to."""
+    ema_decay: float | None = None
+    """Decay of the average of the weights that is evaluated and saved."""
+    evaluate: Evaluation | None = None
+    """Metrics during the run."""
+    test: Evaluation | None = None
+    """Metrics once, at the end, on data that decided nothing."""
+    probes: Sequence[Probe] = ()
+    """What is measured at each logged step."""
+    set_attention_dtype: Callable[[torch.dtype | None], object] = lambda dtype: None
+    """Sets the precision inside attention where the model can."""
+    artifacts: Mapping[str, str] = field(default_factory=dict)
+    """Text files by name that belong into the run folder, such as a tokenizer."""
+    seed: int = 0
+    """Seeds dropout and everything else that is random inside a step, together with the step's number."""
+    loop: LoopConfig
+    """How often to log and evaluate."""
+    checkpoint: CheckpointConfig
+    """When to save."""
