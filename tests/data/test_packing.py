@@ -95,6 +95,16 @@ def test_long_documents_are_cut_elsewhere_in_another_epoch():
     assert len(sizes) > 3
 
 
+def test_short_documents_meet_others_in_another_epoch():
+    packed = packed_of(documents_of(np.random.default_rng(0).integers(1, 6, 200)), 16)
+
+    def companies(epoch):
+        batch = packed.fetch(keys(np.arange(len(packed)), epoch=epoch))
+        return {frozenset(row.unique().tolist()) for row in batch["documents"]}
+
+    assert len(companies(0) & companies(1)) < 0.1 * len(packed)
+
+
 def test_a_model_that_attends_within_documents_sees_no_other():
     batch = packed_of(documents_of([3, 4, 2]), 12).fetch(keys([0]))
     numbers = batch["documents"]

@@ -99,7 +99,7 @@ def test_batches_hold_their_pairs_and_padding_only(sentences, multiple, data):
 
 
 def test_long_pairs_are_dropped_and_counted_or_refused(caplog):
-    sides = [[3] * 4, [3] * 2, [3]], [[3], [3, 3], [3] * 5]
+    sides = [[3] * 4, [3] * 3, [3]], [[3], [3, 3], [3] * 5]
     source = source_of(*sides, max_length=4)
     assert source.kept.tolist() == [1]
     assert len(source) == 1
@@ -107,7 +107,7 @@ def test_long_pairs_are_dropped_and_counted_or_refused(caplog):
     assert "dropped 2 of 3 pairs longer than 4 tokens" in caplog.text
     with pytest.raises(DataError, match=r"pair 0 has 5 source and 2 target tokens.* 2 of 3 pairs exceed max_length 4"):
         source_of(*sides, max_length=4, too_long="refuse")
-    with pytest.raises(DataError, match=r"no pair remains of 3 within max_length 2; the shortest has 3 tokens"):
+    with pytest.raises(DataError, match=r"no pair remains of 3 within max_length 2; the shortest has 4 tokens"):
         source_of(*sides, max_length=2)
     with pytest.raises(DataError, match="no pair remains of 0"):
         source_of([], [])

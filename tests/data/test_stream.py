@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -110,7 +111,15 @@ def test_wrong_calls_are_refused_at_once(plan):
     with pytest.raises(ValueError, match="accumulation must be at least 1, got 0"):
         stream(Numbers(), plan, start=0, stop=1, accumulation=0)
     with pytest.raises(ValueError, match=r"rank must be in 0\.\.0, got -1"):
-        single_pass(Numbers(), 4, rank=-1)
+        single_pass(Numbers(), SequentialBatches(50, 4), rank=-1)
+
+
+def test_workers_end_when_the_source_fails(plan):
+    before = set(multiprocessing.active_children())
+    with pytest.raises(ZeroDivisionError) as caught:  # whose traceback keeps the loader's frames
+        list(stream(Numbers(fail_at=17, error=ZeroDivisionError), plan, start=0, stop=4, num_workers=2))
+    assert caught.tb is not None
+    assert set(multiprocessing.active_children()) == before
 
 
 def is_running(pid):
@@ -133,17 +142,18 @@ def test_workers_live_through_the_stream_and_end_with_it(plan):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 3])
 def test_single_pass_sees_every_sample_once(workers, world):
+    plan = SequentialBatches(50, 8)
     parts = [
-        list(single_pass(Numbers(50), 8, rank=rank, world_size=world, num_workers=workers)) for rank in range(world)
+        list(single_pass(Numbers(), plan, rank=rank, world_size=world, num_workers=workers)) for rank in range(world)
     ]
     for rank, batches in enumerate(parts):
-        wanted = [SequentialBatches(50, 8).batch(step).indices.tolist() for step in range(rank, 7, world)]
+        wanted = [plan.batch(step).indices.tolist() for step in range(rank, 7, world)]
         assert [batch["index"].tolist() for batch in batches] == wanted
     assert sum(batch["num_items"] for batches in parts for batch in batches) == 50
 
 
 def test_a_process_without_a_batch_sees_none():
-    assert list(single_pass(Numbers(3), 8, rank=1, world_size=2)) == []
+    assert list(single_pass(Numbers(3), SequentialBatches(3, 8), rank=1, world_size=2)) == []
 
 
 MEASURE = """

@@ -23,22 +23,23 @@ PADDING, START, END = 0, 1, 2
 
 
 def sharpened(model: nn.Module) -> nn.Module:
-    """Larger weights, so that tokens differ from each other clearly."""
+    """Larger weights, so that what is generated varies."""
     for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.3)
     return model.eval()
 
 
 def small_decoder(vocab_size: int = 70, **settings):
     torch.manual_seed(0)
-    config = DecoderConfig(dim=16, num_layers=2, num_heads=4, max_length=24, **settings)
+    config = DecoderConfig(dim=16, num_layers=2, num_heads=4, max_length=24, tie_embeddings=False, **settings)
     return sharpened(decoder(config, vocab_size=vocab_size))
 
 
 def small_translator(vocab_size: int = 70, **settings):
     torch.manual_seed(0)
     config = EncoderDecoderConfig(
-        dim=16, num_encoder_layers=2, num_decoder_layers=2, num_heads=4, max_length=24, **settings
+        dim=16, num_encoder_layers=2, num_decoder_layers=2, num_heads=4, max_length=24, tie_embeddings=False, **settings
     )
     return sharpened(encoder_decoder(config, vocab_size=vocab_size, padding_id=PADDING))
 
@@ -142,7 +143,7 @@ def test_keep_top():
 def test_padded_vocabulary_is_never_generated():
     model = small_decoder(vocab_size=65)
     with torch.no_grad():
-        model.embedding.weight[65:] = 100 * model.embedding.weight[:63].abs()  # would win at once
+        model.head.weight[65:] = 100 * model.head.weight[:63]  # would win at once
     prompt = torch.zeros(50, 3, dtype=torch.long)
     drawn = sample(
         decoder_steps(model, prompt), max_new_tokens=20, temperature=5.0, generator=torch.Generator().manual_seed(0)
@@ -167,7 +168,7 @@ def log_probability(model, source: torch.Tensor, sequence: list[int]) -> float:
     return float(steps[0, range(len(sequence)), sequence].sum())
 
 
-@pytest.mark.parametrize("length_penalty", [0.0, 0.6, 2.0])
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
 @torch.no_grad()
 def test_a_beam_as_wide_as_the_tree_finds_the_best_sequence(length_penalty):
     vocab_size, length = 4, 4
@@ -205,12 +206,11 @@ def slow_beam_search(model, source, num_beams: int, length: int, length_penalty:
     return best, score
 
 
-@pytest.mark.parametrize("num_beams", [1, 2, 3, 5])
-@pytest.mark.parametrize("length_penalty", [0.0, 1.0])
+@pytest.mark.parametrize(("num_beams", "length_penalty"), [(1, 0.6), (2, 0.0), (2, 1.0), (4, 0.6)])
 def test_beam_search_equals_a_slow_one(num_beams, length_penalty):
     model, source = small_translator(vocab_size=8, positions="rotary"), sources(8)
     with torch.no_grad():
-        model.embedding.weight[END] *= 2  # endings at several lengths
+        model.head.weight[END] *= 2  # endings at several lengths
     steps = translation_steps(model, source, start_id=START)
     tokens, scores = beam_search(
         steps, num_beams=num_beams, max_new_tokens=9, end_id=END, length_penalty=length_penalty
@@ -225,7 +225,7 @@ def test_unfinished_sequences_count_where_none_ends():
     model, source = small_translator(), sources()
     end = 69
     with torch.no_grad():
-        model.embedding.weight[end] = 0  # logit 0 beside large ones
+        model.head.weight[end] = 0  # logit 0 beside large ones
     tokens, scores = beam_search(
         translation_steps(model, source, start_id=START), num_beams=2, max_new_tokens=5, end_id=end
     )

@@ -62,7 +62,8 @@ VISION = [
     for pooling in ("class_token", "mean", "max", "attention", "softmax")
     for stem in ("patch", "convolution")
 ]
-CASES = [(kind, settings) for kind in ("decoder", "encoder_decoder") for settings in STACKS]
+CASES = [("decoder", settings) for settings in STACKS]
+CASES += [("encoder_decoder", settings) for settings in STACKS[::5]]  # 5 shares no factor with the counts: all parts
 CASES += [("vision", settings) for settings in VISION + STACKS[:4]] + [("encoder", settings) for settings in STACKS[:4]]
 
 
@@ -233,13 +234,14 @@ def test_attention_dtype_under_autocast():
     original = F.scaled_dot_product_attention
 
     def recorded(query, *args, **kwargs):
-        seen.append(query.dtype)
-        return original(query, *args, **kwargs)
+        mixed = original(query, *args, **kwargs)
+        seen.append((query.dtype, mixed.dtype))  # autocast, left on, would change the result's
+        return mixed
 
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
         patch.setattr(F, "scaled_dot_product_attention", recorded)
         out = model(*inputs("decoder"))
-    assert seen == [torch.float32] * 2
+    assert seen == [(torch.float32, torch.float32)] * 2
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), model(*inputs("decoder")), rtol=0.05, atol=0.02)
 
@@ -248,10 +250,10 @@ def test_gpt2_init_scales_branch_outputs_by_depth():
     torch.manual_seed(0)
     model = decoder(DecoderConfig(dim=128, num_layers=8), vocab_size=1000)
     layer = model.stack.layers[3]
-    assert float(model.embedding.weight.std()) == pytest.approx(0.02, rel=0.02)
-    assert float(layer.feed_forward.branch.up.weight.std()) == pytest.approx(0.02, rel=0.02)
-    assert float(layer.feed_forward.branch.down.weight.std()) == pytest.approx(0.02 / 4, rel=0.02)
-    assert float(layer.attention.branch.out.weight.std()) == pytest.approx(0.02 / 4, rel=0.02)
+    assert float(model.embedding.weight.detach().std()) == pytest.approx(0.02, rel=0.02)
+    assert float(layer.feed_forward.branch.up.weight.detach().std()) == pytest.approx(0.02, rel=0.02)
+    assert float(layer.feed_forward.branch.down.weight.detach().std()) == pytest.approx(0.02 / 4, rel=0.02)
+    assert float(layer.attention.branch.out.weight.detach().std()) == pytest.approx(0.02 / 4, rel=0.02)
     assert not layer.attention.branch.query.bias.any()
 
 

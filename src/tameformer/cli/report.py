@@ -19,6 +19,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = _parser()
     try:
         options = parser.parse_args(arguments)
+        if options.out is not None and not options.out.absolute().parent.is_dir():
+            parser.error(f"--out {options.out}: there is no folder {options.out.parent}; create it, or name another")
     except SystemExit as stop:
         return int(stop.code or 0)
     from tameformer.report import write_comparison, write_report  # matplotlib: not for `--help`

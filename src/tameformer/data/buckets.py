@@ -101,12 +101,14 @@ class LengthSortedBatches:
         self,
         lengths: Integer[np.ndarray, " samples"] | Integer[np.ndarray, "samples sides"],
         max_tokens: int,
+        *,
+        min_batch_size: int = 1,
     ):
         """Plan the pass; arguments and errors as for `TokenBuckets`."""
         sides = _two_axes(lengths)
-        _check_fits(sides, max_tokens, 1)
+        _check_fits(sides, max_tokens, min_batch_size)
         order = np.lexsort(sides.T)
-        self._cut = np.split(order, _cut(sides[order], max_tokens, 1)[1:-1])
+        self._cut = np.split(order, _cut(sides[order], max_tokens, min_batch_size)[1:-1])
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Batches of the pass."""

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tameformer.data.keys import SampleKeys, split
-from tameformer.data.plans import Plan, SequentialBatches
+from tameformer.data.plans import Plan
 from tameformer.errors import TameError
 
 Batch = dict[str, Any]
@@ -75,19 +75,19 @@ def stream(
 
 def single_pass(
     source: Source,
-    batch_size: int,
+    plan: Plan,
     *,
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Generator[Batch, None, None]:
-    """Every sample once over all processes, in order, tail included; process r takes batches r, r + world_size, ...
+    """The plan's first epoch, each batch on one process: process r takes batches r, r + world_size, ...
 
-    A process may see one batch fewer than another, or none: count items, do not average means.
+    With `SequentialBatches` or `LengthSortedBatches` that is every sample once, tail included. A process may see one
+    batch fewer than another, or none: count items, do not average means.
     """
     _check_process(rank, world_size)
-    plan = SequentialBatches(len(source), batch_size)
     keys = (plan.batch(step) for step in range(rank, plan.steps_in_epoch(0), world_size))
     return _load(source, keys, num_workers, pin_memory)
 

@@ -96,11 +96,11 @@ class CharTokenizer:
         Raises:
             ValueError: An id is outside [0, vocab_size).
         """
-        numbers = _as_list(ids)
-        for number in numbers:
-            if not 0 <= number < self.vocab_size:
-                raise ValueError(f"expected ids in [0, {self.vocab_size}), got {number}")
-        return "".join(self.characters[number] for number in numbers)
+        numbers = np.asarray(ids, dtype=np.int64)
+        wrong = (numbers < 0) | (numbers >= self.vocab_size)
+        if wrong.any():
+            raise ValueError(f"expected ids in [0, {self.vocab_size}), got {numbers[wrong.argmax()]}")
+        return self._codes[numbers].astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
 
     def to_json(self) -> str:
         """The vocabulary as JSON, ASCII only."""

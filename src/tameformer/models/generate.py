@@ -204,11 +204,16 @@ def beam_search(
 
 
 def _best_continuations(totals, logits, count):
-    """Log-probability, beam and token of the `count` best continuations of each row, best first."""
-    steps = logits.to(totals.dtype).log_softmax(-1)
-    candidates = totals[:, :, None] + steps.view(*totals.shape, -1)
-    best, places = candidates.flatten(1).topk(min(count, candidates[0].numel()), dim=1)
-    return best, places // candidates.shape[2], places % candidates.shape[2]
+    """Log-probability, beam and token of the `count` best continuations of each row, best first.
+
+    They are among the `count` best of each beam, so the whole vocabulary is never normalized.
+    """
+    logits = logits.to(totals.dtype)
+    steps, tokens = logits.topk(min(count, logits.shape[1]), dim=1)
+    steps = steps - logits.logsumexp(1, keepdim=True)
+    candidates = (totals[:, :, None] + steps.view(*totals.shape, -1)).flatten(1)
+    best, places = candidates.topk(min(count, candidates.shape[1]), dim=1)
+    return best, places // steps.shape[1], tokens.view(len(totals), -1).take_along_dim(places, 1)
 
 
 def _at_least_float32(logits: Logits) -> torch.dtype:

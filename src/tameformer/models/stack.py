@@ -174,9 +174,10 @@ def layer_stack(config: StackConfig, *, num_layers: int, max_length: int, cross_
     layers: list[nn.Module] = []
     for rate in depth_rates(config.drop_path, num_layers):
         own = placed(attention(turn), rate)
-        cross = [placed(attention(None), rate)] if cross_attention else []
+        cross = placed(attention(None), rate) if cross_attention else None
         feed_forward = PARTS["activation"][config.activation](config.dim, config.feed_forward_dim, bias=config.bias)
-        layers.append((CrossLayer if cross_attention else Layer)(own, *cross, placed(feed_forward, rate)))
+        last = placed(feed_forward, rate)
+        layers.append(Layer(own, last) if cross is None else CrossLayer(own, cross, last))
     return Stack(layers, norm(config.dim) if placement.needs_final_norm else None)
 
 

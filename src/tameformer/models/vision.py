@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tameformer.models.initialize import Initializer, vit_init
 from tameformer.models.parts import PARTS
 from tameformer.models.stack import Stack, StackConfig, added_positions, layer_stack
+from tameformer.nn.pooling import Pooling
 from tameformer.nn.stems import grid_size
 from tameformer.shapes import Images, Stream
 
@@ -33,7 +34,7 @@ class VisionClassifier(nn.Module):
     def __init__(
         self,
         stem: nn.Module,
-        pooling: nn.Module,
+        pooling: Pooling,
         positions: nn.Module | None,
         dropout: float,
         stack: Stack,

@@ -22,26 +22,30 @@ def _columns(real: Bool[Tensor, "batch seq"]) -> Bool[Tensor, "batch seq 1"]:
     return real[:, :, None]
 
 
-class _Pooling(nn.Module):
-    """What the ways without an extra token share."""
+class Pooling(nn.Module):
+    """What all ways share; alone it does not pool."""
 
     extra_tokens: ClassVar[int] = 0
 
     def __init__(self, dim: int):
         super().__init__()
 
-    def extend(self, x: Stream) -> Stream:
-        """`x` itself."""
+    def extend(self, x: Stream) -> Float[Tensor, "batch extended dim"]:
+        """What goes through the layers instead of `x`; here `x` itself."""
         return x
 
+    def forward(self, x: Stream, head: Head, real: Real | None = None) -> Logits:
+        """Logits of the classes."""
+        raise NotImplementedError
 
-class ClassTokenPooling(nn.Module):
+
+class ClassTokenPooling(Pooling):
     """A learned token in front of the sequence, whose output is classified (Devlin et al. 2018, arXiv:1810.04805)."""
 
     extra_tokens: ClassVar[int] = 1
 
     def __init__(self, dim: int):
-        super().__init__()
+        super().__init__(dim)
         self.token = nn.Parameter(torch.zeros(dim))
 
     def extend(self, x: Stream) -> Float[Tensor, "batch extended dim"]:
@@ -53,7 +57,7 @@ class ClassTokenPooling(nn.Module):
         return head(x[:, 0])
 
 
-class MeanPooling(_Pooling):
+class MeanPooling(Pooling):
     """head(mean of the outputs)."""
 
     def forward(self, x: Stream, head: Head, real: Real | None = None) -> Logits:
@@ -63,7 +67,7 @@ class MeanPooling(_Pooling):
         return head((x * _columns(real)).sum(1) / real.sum(1, keepdim=True))
 
 
-class MaxPooling(_Pooling):
+class MaxPooling(Pooling):
     """head(largest value of each feature)."""
 
     def forward(self, x: Stream, head: Head, real: Real | None = None) -> Logits:
@@ -71,7 +75,7 @@ class MaxPooling(_Pooling):
         return head((x if real is None else x.masked_fill(~_columns(real), -torch.inf)).amax(1))
 
 
-class AttentionPooling(_Pooling):
+class AttentionPooling(Pooling):
     """head(mean of the outputs weighted by the softmax of a learned score) (Hassani et al. 2021, arXiv:2104.05704).
 
     The score starts at 0 for every token, so that pooling starts as the mean.
@@ -88,7 +92,7 @@ class AttentionPooling(_Pooling):
         return head((weights[:, None] @ x)[:, 0])
 
 
-class SoftmaxPooling(_Pooling):
+class SoftmaxPooling(Pooling):
     """Every output votes: log of the mean over tokens of softmax(head(output)), so all outputs are used and trained.
 
     The results are log-probabilities, which cross-entropy takes as logits unchanged.

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tameformer.data import ShuffledBatches, Source, single_pass
+from tameformer.data import SequentialBatches, ShuffledBatches, Source, single_pass
 from tameformer.data.text import read_text
 from tameformer.data.tokenizers import CharTokenizer
 from tameformer.data.windows import EvaluationWindows, TokenWindows
@@ -97,7 +97,9 @@ def language_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def evaluate(engine: Engine, model: nn.Module, *, source: Source, batch_size: int) -> dict[str, float]:
     """Mean cross-entropy in nats per token, and its exponential."""
-    batches = single_pass(source, batch_size, rank=engine.rank, world_size=engine.world_size)
+    batches = single_pass(
+        source, SequentialBatches(len(source), batch_size), rank=engine.rank, world_size=engine.world_size
+    )
     metrics = mean_metrics(engine, model, batches, measure)
     return {**metrics, "perplexity": math.exp(min(metrics["loss"], 700.0))}
 

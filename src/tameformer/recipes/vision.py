@@ -1,21 +1,41 @@
 """Image classification with a Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tameformer.data import ShuffledBatches, single_pass
-from tameformer.data.sources import ArraySource, digits
+from tameformer.data import SequentialBatches, ShuffledBatches, single_pass
+from tameformer.data.augment import (
+    HorizontalFlip,
+    MixedSource,
+    RandAugment,
+    RandomAffine,
+    RandomErasing,
+    RandomShift,
+    TrivialAugment,
+)
+from tameformer.data.sources import (
+    ArraySource,
+    DecodedImages,
+    Transform,
+    digits,
+    hub_images,
+    image_folder,
+    npz_arrays,
+)
 from tameformer.models.vision import VisionConfig, vision_classifier
-from tameformer.recipes.assemble import assemble, seeded
+from tameformer.recipes.assemble import assemble, require_path, seeded
 from tameformer.recipes.config import RecipeConfig
 from tameformer.train import Engine, Run, mean_metrics
 from tameformer.train.step import Batch
+
+ImageSource = ArraySource | DecodedImages
+Augmentation = Literal["shift", "flip", "affine", "erasing", "trivial_augment", "rand_augment"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +43,37 @@ class VisionDataConfig:
     """Images and their classes."""
 
     source: Literal["digits", "npz", "folder", "hub"] = "digits"
-    """`digits` is embedded; `npz` reads arrays x and y, `folder` one folder of images a class, `hub` a Hugging Face set."""
+    """`digits` is embedded, `npz` reads arrays x and y, `folder` a folder a class, `hub` a Hugging Face data set."""
     path: str | None = None
     """File, folder or name of the data; the embedded digits need none."""
+    test_split: str = "test"
+    """Name of the split that is evaluated."""
+    image_size: int = 32
+    """Side that images of `folder` and `hub` are scaled to, in pixels; arrays keep their size."""
+    channels: Literal[1, 3] = 3
+    """Channels that images of `folder` and `hub` are read with: 1 for grey, 3 for colour."""
     batch_size: int = 64
     """Images that one optimizer step sees, over all processes."""
     eval_batch_size: int = 256
     """Images evaluated at a time."""
     validation_fraction: float = 0.0
     """Share of the training images that is held out and evaluated instead of the test images, to choose settings."""
+    augment: tuple[Augmentation, ...] = ()
+    """Random changes of the training images, in order."""
+    mixup_alpha: float = 0.0
+    """Mixing of two images and their labels, Beta(alpha, alpha); 0 is off."""
+    cutmix_alpha: float = 0.0
+    """Pasting of a part of one image into another, Beta(alpha, alpha); 0 is off."""
     num_workers: int = 0
     """Processes that prepare batches ahead."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(f"data.validation_fraction must lie in [0, 1), got {self.validation_fraction}")
+        if self.source == "digits" and self.path is not None:
+            raise ValueError(
+                f"data.path is {self.path}, but data.source digits reads no file; set data.source to npz, folder or hub"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +92,10 @@ class Config(RecipeConfig):
 
 def build(config: Config, folder: Path) -> Run:
     """The run that the configuration describes."""
-    train, held_out = sources(config)
+    data = config.data
+    train, held_out = sources(data, config.order_seed)
+    mixed = data.mixup_alpha or data.cutmix_alpha
+    source = MixedSource(train, mixup_alpha=data.mixup_alpha, cutmix_alpha=data.cutmix_alpha) if mixed else train
     model = seeded(
         config.seed,
         lambda: vision_classifier(
@@ -65,21 +108,47 @@ def build(config: Config, folder: Path) -> Run:
     return assemble(
         config,
         model=model,
-        source=train,
-        plan=ShuffledBatches(len(train), config.data.batch_size, seed=config.order_seed),
+        source=source,
+        plan=ShuffledBatches(len(train), data.batch_size, seed=config.order_seed),
         loss=partial(classification_loss, label_smoothing=config.label_smoothing),
         unit="samples",
-        evaluate=partial(evaluate, source=held_out, batch_size=config.data.eval_batch_size),
-        num_workers=config.data.num_workers,
+        evaluate=partial(evaluate, source=held_out, batch_size=data.eval_batch_size),
+        num_workers=data.num_workers,
     )
 
 
-def sources(config: Config) -> tuple[ArraySource, ArraySource]:
-    """Training images, and those that are evaluated."""
-    data = config.data
-    held_out = "validation" if data.validation_fraction else "test"
-    split = partial(digits, seed=config.order_seed, validation_fraction=data.validation_fraction)
-    return split("train"), split(held_out)
+def sources(data: VisionDataConfig, seed: int) -> tuple[ImageSource, ImageSource]:
+    """Training images with their augmentation, and those that are evaluated."""
+    train = read_split(data, "train")
+    if data.validation_fraction:
+        train, held_out = train.hold_out(data.validation_fraction, seed=seed)
+    else:
+        held_out = read_split(data, data.test_split, like=train)
+    return replace(train, transforms=transforms(data.augment, min(train.image_shape[1:]))), held_out
+
+
+def read_split(data: VisionDataConfig, split: str, like: Any = None) -> ImageSource:
+    """One split of the data; `like` is the training split, whose classes and statistics hold for all."""
+    if data.source == "digits":
+        return digits(split)
+    path = require_path(data.path, f"images (--data.source {data.source})")
+    if data.source == "npz":
+        return npz_arrays(path, split, like=like)
+    read = image_folder if data.source == "folder" else hub_images
+    return read(path, split, size=data.image_size, channels=data.channels, like=like)
+
+
+def transforms(names: tuple[Augmentation, ...], side: int) -> tuple[Transform, ...]:
+    """The random changes by name, in strengths that suit images of this side, in pixels."""
+    known: dict[str, Transform] = {
+        "shift": RandomShift(pixels=max(1, side // 8)),
+        "flip": HorizontalFlip(),
+        "affine": RandomAffine(),
+        "erasing": RandomErasing(),
+        "trivial_augment": TrivialAugment(),
+        "rand_augment": RandAugment(),
+    }
+    return tuple(known[name] for name in names)
 
 
 def classification_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
@@ -87,9 +156,11 @@ def classification_loss(model: nn.Module, batch: Batch, *, label_smoothing: floa
     return F.cross_entropy(model(batch["images"]), batch["labels"], reduction="sum", label_smoothing=label_smoothing)
 
 
-def evaluate(engine: Engine, model: nn.Module, *, source: ArraySource, batch_size: int) -> dict[str, float]:
+def evaluate(engine: Engine, model: nn.Module, *, source: ImageSource, batch_size: int) -> dict[str, float]:
     """Mean cross-entropy, and the share of images whose class was recognized."""
-    batches = single_pass(source, batch_size, rank=engine.rank, world_size=engine.world_size)
+    batches = single_pass(
+        source, SequentialBatches(len(source), batch_size), rank=engine.rank, world_size=engine.world_size
+    )
     return mean_metrics(engine, model, batches, measure)
 
 

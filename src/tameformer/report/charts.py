@@ -28,11 +28,12 @@ PALETTE = (BLUE, VERMILION, GREEN, PURPLE, "#b07d00", "#3f9fd8", "#444444")  # O
 DASHES = ("-", "--", ":", "-.")
 INK, MUTED, GRID, BROKEN = "#1f2933", "#5b6773", "#e3e7eb", "#c1121f"
 BUCKETS = 300  # a line is drawn with the lowest and the highest point of this many stretches, and its two ends
+WIDE = 720  # pixels across a drawing that spans the page, before it is scaled to it
 COLUMNS, ROWS = 400, 1200  # a heat map is drawn with at most this many cells either way
 SHADES = 63  # steps of colour in a heat map: finer ones cannot be told apart and double the file
 OFF_SCALE = 1e30  # beyond it a value is marked like a non-finite one, since no axis could show the others beside it
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: selectable, small, and in the reader's own font
     "svg.hashsalt": "tameformer",  # the same run gives the same file
     "text.parse_math": False,  # a dollar sign in a layer's name is a dollar sign
@@ -89,7 +90,7 @@ def thin(series: Series, buckets: int = BUCKETS) -> Series:
 
     Example:
         >>> long = Series(np.arange(10_000), np.sin(np.arange(10_000.0)))
-        >>> len(thin(long)) <= 2 * BUCKETS + 2, thin(long).values.max() == long.values.max()
+        >>> len(thin(long)) <= 2 * BUCKETS + 2, bool(thin(long).values.max() == long.values.max())
         (True, True)
     """
     if len(series) <= 2 * buckets + 2:
@@ -178,16 +179,14 @@ def heat_map(
         keep: Which of several measurements falling into one column is drawn: nothing is averaged.
         caption: What the reader must know beyond the scale.
     """
-    values = probe.values
+    values, measured = probe.values, probe.measured
     if ceiling is not None:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            values = np.where(ceiling > 0, values / ceiling, np.where(np.isfinite(values), 0.0, values))
-            values = np.where(np.isfinite(ceiling) | ~np.isfinite(values), values, np.nan)
-    measured = probe.measured if ceiling is None else probe.measured & ~(np.isnan(ceiling) & np.isfinite(probe.values))
+        measured = measured & ((ceiling > 0) | ~np.isfinite(values))
+        values = values / np.where(ceiling > 0, ceiling, np.nan)
     rows, cells, present, extent = _grid(probe, values, measured, keep)
     drawn = present & np.isfinite(cells) & (np.abs(np.nan_to_num(cells)) < OFF_SCALE)
     norm = _color_scale(cells[drawn], share=ceiling is not None)
-    shades = np.asarray(norm(np.where(drawn, cells, norm.vmin)))
+    shades = np.asarray(norm(np.where(drawn, cells, float(norm.vmin or 0.0))))
     colors = matplotlib.colormaps["viridis"](np.round(shades * SHADES) / SHADES, bytes=True)
     colors[present & ~drawn] = (0xC1, 0x12, 0x1F, 255)
     colors[~present] = (0xE9, 0xEC, 0xEF, 255)
@@ -198,7 +197,7 @@ def heat_map(
     numbered = with_heads and row_height >= 9
     top, bottom, right = 20, 42, 84
     left = 30 + min(196, int(6.4 * max(len(_shorten(text, 30)) for text in labels))) + (26 if numbered else 0)
-    width, height = 800, int(top + bottom + row_height * len(rows))
+    width, height = WIDE, int(top + bottom + row_height * len(rows))
     with _drawing(width, height) as (figure, save):
         box = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
         axes = figure.add_axes(box)
@@ -244,20 +243,21 @@ def event_chart(events: Sequence[Event], *, last_step: int) -> Chart:
     kinds = list(dict.fromkeys(event.kind for event in events))
     shown = kinds[:12]
     height = 44 + 22 * len(shown)
-    with _drawing(800, height) as (figure, save):
+    with _drawing(WIDE, height) as (figure, save):
         left = 24 + min(170, int(6.4 * max((len(kind) for kind in shown), default=1)))
-        axes = figure.add_axes((left / 800, 38 / height, (800 - left - 24) / 800, (height - 44) / height))
+        axes = figure.add_axes((left / WIDE, 38 / height, (WIDE - left - 24) / WIDE, (height - 44) / height))
         for row, kind in enumerate(shown):
-            steps = np.unique([event.step for event in events if event.kind == kind])
+            steps = _spread(np.unique([event.step for event in events if event.kind == kind]))
             color = BROKEN if _is_trouble(kind) else BLUE
             axes.plot(steps, np.full(len(steps), row), "X" if _is_trouble(kind) else "o", color=color, markersize=6)
         axes.set_yticks(range(len(shown)), [_shorten(kind.replace("_", " "), 28) for kind in shown])
         axes.set_ylim(len(shown) - 0.4, -0.6)
         axes.spines["left"].set_visible(False)
-        _finish_axes(axes, last_step, tallest=8)
+        _finish_axes(axes, last_step, ticks=8)
         axes.set_xlabel("step")
         svg = save("Events over steps")
-    return Chart("Time line", svg, wide=True)
+    more = len(kinds) - len(shown)
+    return Chart("Time line", svg, f"{more} more kinds of events are in the table below." if more else "", wide=True)
 
 
 def short_names(layers: Sequence[str]) -> tuple[list[str], str, str]:
@@ -398,9 +398,7 @@ def _mark_broken(axes: Axes, lines: Sequence[Line]) -> str:
     count = sum(map(len, steps))
     if not count:
         return ""
-    places = np.unique(np.concatenate(steps))
-    if len(places) > BUCKETS:
-        places = places[np.linspace(0, len(places) - 1, BUCKETS).astype(np.int64)]
+    places = _spread(np.unique(np.concatenate(steps)))
     axes.plot(
         places, np.full(len(places), 1.03), "x", color=BROKEN, markersize=6, clip_on=False,
         transform=axes.get_xaxis_transform(), markeredgewidth=1.6,
@@ -409,10 +407,17 @@ def _mark_broken(axes: Axes, lines: Sequence[Line]) -> str:
     return f"not finite{f' or beyond {OFF_SCALE:g}' * beyond}: {count:,}, first at step {int(places[0]):,}"
 
 
-def _finish_axes(axes: Axes, last_step: int, *, tallest: int = 6) -> None:
+def _spread(places: np.ndarray) -> np.ndarray:
+    """As many of the places as can be told apart, the first and the last among them."""
+    if len(places) <= BUCKETS:
+        return places
+    return places[np.linspace(0, len(places) - 1, BUCKETS).astype(np.int64)]
+
+
+def _finish_axes(axes: Axes, last_step: int, *, ticks: int = 6) -> None:
     pad = max(0.02 * last_step, 0.5)
     axes.set_xlim(-pad, last_step + pad)
-    _step_ticks(axes, tallest, last_step)
+    _step_ticks(axes, ticks, last_step)
     axes.grid(axis="y")
 
 
@@ -493,7 +498,7 @@ def _reduce(values: np.ndarray, measured: np.ndarray, keep: str) -> tuple[np.nda
     broken = (measured & ~np.isfinite(values)).any(axis=1)
     rank = np.where(measured & np.isfinite(values), values if keep == "lowest" else -np.abs(values), np.inf)
     chosen = np.take_along_axis(values, rank.argmin(axis=1)[:, None], axis=1)[:, 0]
-    return np.where(broken, np.nan, chosen), measured.any(axis=1)
+    return np.where(broken, np.nan, chosen), np.asarray(measured.any(axis=1))
 
 
 def _color_scale(finite: np.ndarray, *, share: bool) -> Normalize:
@@ -526,7 +531,13 @@ def _label_rows(
     every = max(1, int(np.ceil(11 * len(labels) / (row_height * len(rows)))))
     axes.set_yticks(middles[::every], [_shorten(text, 30) for text in labels[::every]])
     axes.tick_params(axis="y", pad=30 if numbered else 5)
-    corner = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "bottom", "color": MUTED}
+    corner: dict[str, Any] = {
+        "xycoords": "axes fraction",
+        "textcoords": "offset points",
+        "ha": "right",
+        "va": "bottom",
+        "color": MUTED,
+    }
     axes.annotate("layer", (0, 1), (-30 if numbered else -5, 5), fontsize=9, **corner)
     if numbered:
         axes.annotate("head", (0, 1), (-4, 5), fontsize=9, **corner)

@@ -17,7 +17,7 @@ from tameformer.report.charts import Chart, Line
 from tameformer.report.read import Event, Run, Series, clean, read_run
 from tameformer.report.verdict import Verdict, best, direction, judge, label, number, quantity, smoothed
 
-LONG_TABLE = 24  # rows above which a table starts folded
+LONG_TABLE, LONGEST_TABLE = 24, 400  # rows above which a table starts folded, and above which its middle is left out
 _UNDRAWN = ("epoch", "perf/elapsed_seconds", "perf/step_seconds", "train/clip_rate")
 _SHOWN_FIRST = ("train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_second", "perf/samples_per_second")
 
@@ -43,6 +43,7 @@ class Section:
     texts: tuple[tuple[str, str], ...] = ()
 
 
+@np.errstate(over="ignore", invalid="ignore")  # an exploding loss may be near the largest float
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write the page of a run, finished or not, to `out`, by default `report.html` in the run folder; returns its path.
 
@@ -69,6 +70,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     return path
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def write_comparison(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write one page about several runs to `out`, by default `comparison.html` here, and return its path.
 
@@ -278,11 +280,20 @@ def _evaluation_table(run: Run) -> list[Table]:
         (f"{step:,}", *(quantity(key, found[key][step]) if step in found[key] else "" for key in keys))
         for step in steps
     ]
-    return [Table(f"Evaluations ({len(rows):,})", ("step", *map(label, keys)), tuple(rows), folded=True)]
+    return [Table(f"Evaluations ({len(rows):,})", ("step", *map(label, keys)), _abridged(rows), folded=True)]
+
+
+def _abridged(rows: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+    """The rows, or the first and the last of very many with a row between that says how many are not shown."""
+    if len(rows) <= LONGEST_TABLE:
+        return tuple(rows)
+    half = LONGEST_TABLE // 2
+    gap = ("\u2026", f"{len(rows) - 2 * half:,} rows are left out here", *[""] * (len(rows[0]) - 2))
+    return (*rows[:half], gap, *rows[-half:])
 
 
 def _event_tables(run: Run) -> tuple[Table, ...]:
-    rows = tuple(_event_rows(run.events))
+    rows = _abridged(_event_rows(run.events))
     return (Table("What happened", ("step", "kind", "message"), rows, folded=len(rows) > LONG_TABLE),) if rows else ()
 
 

@@ -204,11 +204,8 @@ def collapsed_attention(run: Run) -> list[Finding]:
         if since is not None:
             heads.setdefault(layer, []).append((head, since))
     loss = run.log.get("train/loss")
-    broken = loss.non_finite_steps if loss is not None else ()
-    return [
-        Finding("bad", _collapse(layer, found, int(broken[0]) if len(broken) else None))
-        for layer, found in heads.items()
-    ]
+    broken = loss.non_finite_steps.tolist() if loss is not None else []
+    return [Finding("bad", _collapse(layer, found, broken[0] if broken else None)) for layer, found in heads.items()]
 
 
 def smoothed(series: Series) -> Series:
@@ -272,7 +269,7 @@ def _collapsed_since(probe: Probe, ceilings: np.ndarray, row: int) -> int | None
     """The first step of the unbroken stretch below the mark that reaches the last finite measurement."""
     known = np.isfinite(probe.values[row]) & (ceilings[row] > 0)
     low = (probe.values[row] < COLLAPSED * ceilings[row])[known]
-    if not len(low) or not low[-1]:
+    if not len(low) or not low.any():
         return None
     healthy = np.flatnonzero(~low)
     return int(probe.steps[known][healthy[-1] + 1 if len(healthy) else 0])

@@ -37,9 +37,14 @@ def candidates(device: torch.device) -> list[str]:
     """
     if device.type == "cuda":
         return ["bf16"] if torch.cuda.is_bf16_supported(including_emulation=False) else ["fp32"]
-    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+    if device.type == "cpu" and has_bf16_instructions():
         return ["fp32", "bf16", "bf16_fp32_attention"]
     return ["fp32"]
+
+
+def has_bf16_instructions() -> bool:
+    """Whether this processor multiplies bf16 in hardware; others emulate it, slower than fp32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def fastest(names: Sequence[str], run_once: Callable[[str], None]) -> tuple[str, dict[str, float]]:

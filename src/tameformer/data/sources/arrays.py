@@ -18,7 +18,7 @@ class ArraySource:
     """Labelled images of one size, as arrays.
 
     uint8 images are divided by 255, floats are taken as they are; transforms see that value, and (value - mean) / std
-    comes last. `source[...]`-like parts and variants are made by `take` and `dataclasses.replace`.
+    comes last. Variants are made by `take`, `hold_out` and `dataclasses.replace(source, transforms=...)`.
 
     Raises:
         DataError: arrays that do not fit together.
@@ -52,6 +52,12 @@ class ArraySource:
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(f"expected {self.num_classes} class names, got {len(self.class_names)}")
         check_transforms(self.transforms)
+        needy = [type(transform).__name__ for transform in self.transforms if getattr(transform, "unit_range", False)]
+        if needy and self.images.dtype != np.uint8 and (self.images.min() < 0 or self.images.max() > 1):
+            raise ValueError(
+                f"{needy[0]} needs values in [0, 1], got {self.images.min():g} to {self.images.max():g} in {self.name}; "
+                "scale the images, or leave it out"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -1,0 +1,247 @@
+"""Translation with an encoder-decoder (Vaswani et al. 2017, "Attention is all you need", arXiv:1706.03762)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tameformer.data import SampleKeys, single_pass
+from tameformer.data.buckets import LengthSortedBatches, TokenBuckets
+from tameformer.data.pairs import PairSource, read_pairs, read_pairs_tsv, tokenized_pairs
+from tameformer.data.tokenizers import BPETokenizer, train_bpe
+from tameformer.errors import missing_extra
+from tameformer.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, encoder_decoder
+from tameformer.models.generate import beam_search, translation_steps
+from tameformer.recipes.assemble import assemble, require_path, seeded
+from tameformer.recipes.config import RecipeConfig
+from tameformer.train import Engine, Run, mean_metrics
+from tameformer.train.run import Evaluation
+from tameformer.train.step import Batch
+
+Pairs = Sequence[tuple[str, str]]
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """Sentences and their translations: a .tsv file with two columns, or PREFIX.SOURCE and PREFIX.TARGET line by line."""
+
+    path: str | None = None
+    """Training pairs: a .tsv file, or the prefix of two files (`data/train` for data/train.en and data/train.de)."""
+    validation_path: str | None = None
+    """Pairs evaluated during the run, in the same form."""
+    test_path: str | None = None
+    """Pairs translated once, at the end, in the same form; null translates the validation pairs."""
+    source_language: str = "en"
+    """Ending of the file of sentences to translate."""
+    target_language: str = "de"
+    """Ending of the file of their translations."""
+    lowercase: bool = False
+    """Whether all text is put in lower case first, as some published figures are."""
+    vocab_size: int = 8192
+    """Tokens of the byte-level BPE that both languages share."""
+    max_length: int = 128
+    """Longest source or target, in tokens; longer training pairs are dropped, and their number is logged."""
+    max_tokens: int = 4096
+    """Padded tokens, source and target together, that one optimizer step sees at most."""
+    eval_max_tokens: int = 8192
+    """Padded tokens evaluated at a time."""
+    num_workers: int = 0
+    """Processes that prepare batches ahead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingConfig:
+    """How translations are searched for."""
+
+    num_beams: int = 4
+    """Sentences kept at each step of the search."""
+    length_penalty: float = 0.6
+    """Exponent of the length normalization; more prefers longer translations."""
+    extra_length: int = 20
+    """A translation may have this many tokens more than 1.5 times its source."""
+    eval_sentences: int | None = None
+    """Sentences translated at each evaluation for `eval/bleu`; null translates none before the end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RecipeConfig):
+    """Training of a translation model."""
+
+    data: PairsConfig = field(default_factory=PairsConfig)
+    """The pairs."""
+    model: EncoderDecoderConfig = field(default_factory=EncoderDecoderConfig)
+    """The encoder-decoder."""
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    """The search for translations."""
+    label_smoothing: float = 0.1
+    """Probability mass of a target that is spread over all tokens."""
+    num_train_epochs: int | None = 20
+    """Passes over the training data; `max_steps` wins when both are given."""
+
+
+def build(config: Config, folder: Path) -> Run:
+    """The run that the configuration describes; a tokenizer in the run folder is used again."""
+    data = config.data
+    pairs = read(data, require_path(data.path, "pairs (a .tsv file, or the prefix of two files)"))
+    validation = read(data, require_path(data.validation_path, "pairs to evaluate on (--data.validation_path)"))
+    kept = folder / TOKENIZER
+    tokenizer = (
+        BPETokenizer.load(kept)
+        if kept.is_file()
+        else train_bpe([text for pair in pairs for text in pair], data.vocab_size)
+    )
+    train = tokenized_pairs(pairs, tokenizer, max_length=data.max_length)
+    held_out = tokenized_pairs(validation, tokenizer, max_length=config.model.max_length, too_long="refuse")
+    model = seeded(
+        config.seed,
+        lambda: encoder_decoder(config.model, vocab_size=tokenizer.vocab_size, padding_id=tokenizer.padding_id),
+    )
+    to_test = read(data, data.test_path) if data.test_path is not None else validation
+    translated = partial(
+        translation_quality, tokenizer=tokenizer, decoding=config.decoding, max_tokens=data.eval_max_tokens
+    )
+    evaluate: Evaluation = partial(evaluate_loss, source=held_out, max_tokens=data.eval_max_tokens)
+    if config.decoding.eval_sentences is not None:
+        evaluate = _both(evaluate, partial(translated, pairs=validation[: config.decoding.eval_sentences]))
+    return assemble(
+        config,
+        model=model,
+        source=train,
+        plan=TokenBuckets(
+            train.lengths,
+            data.max_tokens,
+            seed=config.order_seed,
+            min_batch_size=config.gradient_accumulation_steps
+            * 8,  # room for eight processes, whatever their number now
+        ),
+        loss=partial(translation_loss, label_smoothing=config.label_smoothing),
+        unit="tokens",
+        evaluate=evaluate,
+        test=partial(translated, pairs=to_test),
+        num_workers=data.num_workers,
+        artifacts={TOKENIZER: tokenizer.to_json()},
+    )
+
+
+def read(data: PairsConfig, path: str) -> Pairs:
+    """The pairs of a .tsv file, or of the two files that begin with the path."""
+    if path.endswith((".tsv", ".tsv.gz")):
+        pairs = read_pairs_tsv(path)
+    else:
+        pairs = read_pairs(_beside(path, data.source_language), _beside(path, data.target_language))
+    return [(source.lower(), target.lower()) for source, target in pairs] if data.lowercase else pairs
+
+
+def _beside(prefix: str, language: str) -> Path:
+    plain, packed = Path(f"{prefix}.{language}"), Path(f"{prefix}.{language}.gz")
+    return packed if packed.is_file() and not plain.is_file() else plain
+
+
+def translation_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy summed over the target tokens."""
+    logits = model(batch["source"], batch["target_in"], source_mask=batch["source_mask"])
+    return F.cross_entropy(
+        logits.flatten(0, 1),
+        batch["targets"].flatten(),
+        reduction="sum",
+        ignore_index=-100,
+        label_smoothing=label_smoothing,
+    )
+
+
+def measure(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+    """Sums over a batch of pairs."""
+    return {"loss": translation_loss(model, batch)}
+
+
+def evaluate_loss(engine: Engine, model: nn.Module, *, source: PairSource, max_tokens: int) -> dict[str, float]:
+    """Mean cross-entropy in nats per target token, without smoothing, and its exponential."""
+    plan = LengthSortedBatches(source.lengths, max_tokens)
+    batches = single_pass(source, plan, rank=engine.rank, world_size=engine.world_size)
+    metrics = mean_metrics(engine, model, batches, measure)
+    return {**metrics, "perplexity": math.exp(min(metrics["loss"], 700.0))}
+
+
+def translation_quality(
+    engine: Engine,
+    model: nn.Module,
+    *,
+    pairs: Pairs,
+    tokenizer: BPETokenizer,
+    decoding: DecodingConfig,
+    max_tokens: int,
+) -> dict[str, float]:
+    """BLEU of the model's translations by sacreBLEU: cased and detokenized, and lower-cased.
+
+    References:
+        Post 2018, "A Call for Clarity in Reporting BLEU Scores", arXiv:1804.08771.
+    """
+    translations = translate(engine, model, [source for source, _ in pairs], tokenizer, decoding, max_tokens)
+    references = [target for _, target in pairs]
+    return {
+        "bleu": bleu(translations, references).score,
+        "bleu_lowercased": bleu(translations, references, lowercase=True).score,
+    }
+
+
+def translate(
+    engine: Engine,
+    model: nn.Module,
+    sentences: Sequence[str],
+    tokenizer: BPETokenizer,
+    decoding: DecodingConfig,
+    max_tokens: int,
+) -> list[str]:
+    """The best translation found for each sentence, in order; the work is shared by all processes."""
+    if not isinstance(model, EncoderDecoder):
+        raise TypeError(f"expected an EncoderDecoder, got {type(model).__name__}")
+    source = tokenized_pairs([(sentence, "") for sentence in sentences], tokenizer)
+    plan = LengthSortedBatches(source.lengths[:, :1], max(1, max_tokens // decoding.num_beams))
+    found: list[tuple[int, str]] = []
+    for step in range(engine.rank, plan.steps_in_epoch(0), engine.world_size):
+        keys: SampleKeys = plan.batch(step)
+        batch = engine.place(source.fetch(keys))
+        steps = translation_steps(model, batch["source"], source_mask=batch["source_mask"], start_id=tokenizer.begin_id)
+        longest = batch["source"].shape[1]
+        limit = min(model.max_length - 1, round(1.5 * longest) + decoding.extra_length)
+        tokens, _ = beam_search(
+            steps,
+            num_beams=decoding.num_beams,
+            max_new_tokens=limit,
+            end_id=tokenizer.end_id,
+            length_penalty=decoding.length_penalty,
+        )
+        texts = [tokenizer.decode(_until(row, tokenizer.end_id)) for row in tokens.cpu()]
+        found += zip(keys.indices.tolist(), texts, strict=True)
+    return [text for _, text in sorted(engine.gather(found))]
+
+
+def bleu(translations: Sequence[str], references: Sequence[str], *, lowercase: bool = False):
+    """SacreBLEU's corpus score with the tokenizer 13a; `.score` is in percent.
+
+    Example:
+        >>> bleu(["the cat sat on the mat"], ["the cat sat on the mat"]).score
+        100.0
+    """
+    try:
+        from sacrebleu.metrics import BLEU  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise missing_extra("sacrebleu", "text") from error
+    return BLEU(lowercase=lowercase).corpus_score(list(translations), [list(references)])
+
+
+def _until(row: Tensor, end_id: int) -> list[int]:
+    tokens = row.tolist()
+    return tokens[: tokens.index(end_id)] if end_id in tokens else tokens
+
+
+def _both(first: Evaluation, second: Evaluation) -> Evaluation:
+    def evaluation(engine: Engine, model: nn.Module) -> dict[str, float]:
+        return first(engine, model) | second(engine, model)
+
+    return evaluation
