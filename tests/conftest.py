@@ -10,7 +10,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 from beartype import BeartypeConf, beartype
+from hypothesis import settings
 from jaxtyping import install_import_hook
+
+settings.register_profile("shared-machine", deadline=None)  # a busy neighbour is not a failure
+settings.load_profile("shared-machine")
 
 # Every annotated shape in the package is checked while tests run; an int is a float, as type checkers have it.
 _checks = types.ModuleType("shape_checks")

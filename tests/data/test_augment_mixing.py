@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,6 @@ from tameformer.data.sources import array_source
 
 
 def source(size=30, transforms=()):
-    import dataclasses
-
     images = np.random.default_rng(0).random((size, 3, 8, 6)).astype(np.float32)
     return dataclasses.replace(array_source(images, np.arange(size) % 5), transforms=transforms)
 
@@ -78,14 +78,20 @@ def test_partners_and_weights_are_what_the_labels_say():
         torch.testing.assert_close(batch["labels"][sample], label)
 
 
-def test_both_methods_share_the_samples():
-    mixed = MixedSource(source(), mixup_alpha=1.0, cutmix_alpha=1.0)
-    plain = source()
-    batch = mixed.fetch(keys(list(range(30)) * 1))
-    own = plain.fetch(keys(range(30)))["images"]
-    kept = (batch["images"] == own).flatten(1).float().mean(1)  # CutMix keeps pixels as they are
-    by_cutmix = (kept > 0) | torch.isin(batch["labels"].max(1).values, torch.tensor([0.0]))
-    assert 5 <= by_cutmix.sum() <= 25
+def test_both_methods_share_the_samples_and_labels_tell_the_pixels():
+    # Sample i is the constant i, so every pixel says where it comes from.
+    images = np.arange(40, dtype=np.float32)[:, None, None, None] * np.ones((1, 1, 8, 6), np.float32)
+    plain = array_source(images, np.arange(40))
+    plain = dataclasses.replace(plain, mean=(0.0,), std=(1.0,))
+    batch = MixedSource(plain, mixup_alpha=1.0, cutmix_alpha=1.0).fetch(keys(range(40)))
+    pasted = 0
+    for sample, (image, label) in enumerate(zip(batch["images"], batch["labels"], strict=True)):
+        values = image.unique()
+        torch.testing.assert_close(image.mean(), (label * torch.arange(40)).sum(), atol=1e-3, rtol=1e-4)
+        if len(values) == 2:  # CutMix keeps pixels as they are
+            pasted += 1
+            torch.testing.assert_close(label[sample], (image == sample).float().mean())
+    assert 8 <= pasted <= 32
 
 
 def test_weights_follow_the_beta_distribution():

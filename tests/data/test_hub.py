@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 import time
@@ -79,7 +80,9 @@ try:
 except Exception as error:
     print(type(error).__name__, time.perf_counter() - begin)
 """
-    silent = {"HF_ENDPOINT": "http://192.0.2.1", "HF_HOME": str(tmp_path)}  # an address that never answers (RFC 5737)
+    hidden = ("https_proxy", "HTTPS_PROXY", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE")
+    silent = {name: value for name, value in os.environ.items() if name not in hidden}
+    silent |= {"HF_ENDPOINT": "http://192.0.2.1", "HF_HOME": str(tmp_path)}  # an address that never answers (RFC 5737)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=silent)
     name, seconds = run.stdout.split()
     assert name == "DataError"

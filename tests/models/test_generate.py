@@ -221,6 +221,38 @@ def test_beam_search_equals_a_slow_one(num_beams, length_penalty):
         assert float(scores[row]) == pytest.approx(score, abs=1e-5)
 
 
+class Scripted:
+    """Steps whose probabilities depend on the step alone."""
+
+    max_new_tokens = 9
+
+    def __init__(self, probabilities: list[list[float]]):
+        self.prompt = torch.zeros(1, 1, dtype=torch.long)
+        self._logits = iter(torch.tensor(probabilities).log())
+        self._rows = 1
+
+    def advance(self, tokens: torch.Tensor) -> torch.Tensor:
+        assert tokens.shape == (self._rows, 1)
+        return next(self._logits).expand(self._rows, -1)
+
+    def select(self, rows: torch.Tensor, *, same_source: bool) -> None:
+        self._rows = len(rows)
+
+
+def test_the_search_goes_on_while_a_longer_sequence_can_still_win():
+    script = [[0.5, 0.0, 0.5], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+    tokens, scores = beam_search(Scripted(script), num_beams=1, max_new_tokens=4, end_id=END, length_penalty=2.0)
+    assert tokens.tolist() == [[0, 0, 0, END]]
+    assert float(scores) == pytest.approx(math.log(0.5) / (9 / 6) ** 2)
+
+
+def test_the_search_ends_when_no_longer_sequence_can_win():
+    script = [[0.1, 0.0, 0.9]]  # a second step would find the script exhausted
+    tokens, scores = beam_search(Scripted(script), num_beams=1, max_new_tokens=4, end_id=END, length_penalty=1.0)
+    assert tokens.tolist() == [[END]]
+    assert float(scores) == pytest.approx(math.log(0.9))
+
+
 def test_unfinished_sequences_count_where_none_ends():
     model, source = small_translator(), sources()
     end = 69

@@ -257,6 +257,25 @@ def test_gpt2_init_scales_branch_outputs_by_depth():
     assert not layer.attention.branch.query.bias.any()
 
 
+def test_xavier_init():
+    torch.manual_seed(0)
+    config = EncoderDecoderConfig(dim=256, num_encoder_layers=1, num_decoder_layers=1)
+    model = encoder_decoder(config, vocab_size=1000, padding_id=0)
+    up = model.decoder.layers[0].feed_forward.branch.up
+    assert float(up.weight.detach().abs().max()) == pytest.approx((6 / (256 + 1024)) ** 0.5, rel=1e-3)
+    assert not up.bias.any()
+    assert float(model.embedding.weight.detach().std()) == pytest.approx(1 / 16, rel=0.02)
+    assert float(model.target_positions.table.detach().std()) == pytest.approx(1 / 16, rel=0.02)
+
+
+def test_vit_init_leaves_the_stem():
+    torch.manual_seed(0)
+    model = vision_classifier(VisionConfig(dim=128, num_layers=1), num_classes=10, image_size=8, channels=3)
+    query = model.stack.layers[0].attention.branch.query.weight.detach()
+    assert float(query.std()) == pytest.approx(0.02, rel=0.05)
+    assert float(model.stem.project.weight.detach().std()) == pytest.approx(1 / (3 * 3 * 16) ** 0.5, rel=0.05)
+
+
 def test_the_initialization_can_be_passed():
     def ones(model: nn.Module) -> None:
         gpt2_init(model)

@@ -299,7 +299,7 @@ def test_in_a_browser_figures_are_there_and_nothing_overflows(tmp_path, make_run
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if chromium is None:
         pytest.skip("no Chromium on this machine to look at the page with")
-    folder = make_run(tmp_path / ("a-very-long-run-name-without-any-space" * 3), layers=12, heads=4, nan_steps=(50,))
+    folder = make_run(tmp_path / ("a_very_long_run_name_without_any_space" * 3), layers=12, heads=4, nan_steps=(50,))
     writer = RunWriter(folder, resume_step=400)
     writer.event(400, "stop_with_a_kind_that_is_very_long_indeed", "word" * 80)
     writer.close()

@@ -11,6 +11,7 @@ from torch import nn
 from tameformer.nn.attention import MultiHeadAttention
 from tameformer.nn.embedding import OutputHead, TokenEmbedding
 from tameformer.nn.feed_forward import FeedForward, GatedFeedForward
+from tameformer.nn.positions import LearnedPositions
 
 Initializer = Callable[[nn.Module], None]
 
@@ -41,7 +42,7 @@ def vit_init(model: nn.Module, *, std: float = 0.02) -> None:
 
 
 def xavier_init(model: nn.Module) -> None:
-    """Xavier uniform linear weights, and normal embeddings of deviation 1 / sqrt(dim).
+    """Xavier uniform linear weights, and normal embeddings and learned positions of deviation 1 / sqrt(dim).
 
     As in the code released with Vaswani et al. 2017, arXiv:1706.03762. The embeddings are meant to be multiplied by
     sqrt(dim) on their way in, and used as they are for the logits.
@@ -52,6 +53,8 @@ def xavier_init(model: nn.Module) -> None:
             nn.init.xavier_uniform_(module.weight)
         elif isinstance(module, TokenEmbedding | OutputHead):
             nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+        elif isinstance(module, LearnedPositions):
+            nn.init.normal_(module.table, std=module.table.shape[1] ** -0.5)
 
 
 def _zero_biases(model: nn.Module) -> None:

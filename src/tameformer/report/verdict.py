@@ -269,7 +269,7 @@ def _collapsed_since(probe: Probe, ceilings: np.ndarray, row: int) -> int | None
     """The first step of the unbroken stretch below the mark that reaches the last finite measurement."""
     known = np.isfinite(probe.values[row]) & (ceilings[row] > 0)
     low = (probe.values[row] < COLLAPSED * ceilings[row])[known]
-    if not len(low) or not low.any():
+    if not len(low) or not low[-1]:
         return None
     healthy = np.flatnonzero(~low)
     return int(probe.steps[known][healthy[-1] + 1 if len(healthy) else 0])
