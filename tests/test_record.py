@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tameformer.errors import RecordError
-from tameformer.record import LOG, RunReader, RunWriter, cut_back, decode_number, encode_number, write_atomically
+from tameformer.record import EVENTS, LOG, RunReader, RunWriter, cut_back, decode_number, encode_number, write_atomically
 
 
 @given(st.floats())
@@ -34,6 +34,8 @@ def test_a_resume_cuts_log_and_probes_back_and_keeps_events(tmp_path):
     writer.close()
     with open(tmp_path / LOG, "a") as file:
         file.write('{"step": 40, "train/lo')  # the machine lost power here
+    with open(tmp_path / EVENTS, "a") as file:
+        file.write('{"step": 40, "ki')
     RunWriter(tmp_path, resume_step=20).close()
     reader = RunReader(tmp_path)
     assert [line["step"] for line in reader.log()] == [10, 20]

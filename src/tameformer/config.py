@@ -143,7 +143,7 @@ def parse(
 def to_yaml(config: Any, **first: Any) -> str:
     """The configuration as YAML; `first` holds keys to put before it."""
     plain = _plain({**first, **dataclasses.asdict(config)})
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -167,9 +167,14 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads `1e-3` as text; this reads it as the number everybody means."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the texts that the loader would take for numbers."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 def _plain(value: Any) -> Any:

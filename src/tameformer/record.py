@@ -65,7 +65,7 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def cut_back(path: Path, step: int) -> int:
+def cut_back(path: Path, step: float) -> int:
     """Drop the lines that belong to later steps than `step`, and a half-written last line; returns how many went.
 
     A resumed run repeats the steps after its checkpoint, so their first telling is removed: no step is logged twice.
@@ -103,6 +103,8 @@ class RunWriter:
                 cut_back(folder / name, resume_step)
         if resume_step is None:
             (folder / EVENTS).unlink(missing_ok=True)
+        else:
+            cut_back(folder / EVENTS, math.inf)  # all events stay, a torn last line goes
         self._files: dict[str, TextIO] = {
             name: open(folder / name, "a", encoding="utf-8") for name in (LOG, PROBES, EVENTS)
         }
@@ -180,9 +182,9 @@ class RunReader:
         with open(path, encoding="utf-8", errors="replace") as file:
             for number, line in enumerate(file, start=1):
                 try:
-                    record = json.loads(line)
-                except ValueError as error:
+                    record = dict(json.loads(line))
+                except (ValueError, TypeError) as error:
                     if line.endswith("\n"):
-                        raise RecordError(f"{path}, line {number} is not JSON: {error}") from error
+                        raise RecordError(f"{path}, line {number} is not JSON as a run writes it: {error}") from error
                     return  # the run is writing this line now, or was killed while it did
                 yield {key: decode_number(value) for key, value in record.items()}

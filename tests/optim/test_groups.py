@@ -62,7 +62,7 @@ def test_each_optimizer_learns(name):
 
 def test_muon_takes_hidden_matrices_only():
     model = decoder(DecoderConfig(dim=16, num_layers=2, num_heads=2), vocab_size=10)
-    muon, adamw = optimizers(model, OptimConfig(name="muon"), is_hidden=lambda name: "stack." in name)
+    muon, adamw = optimizers(model, OptimConfig(name="muon"), is_hidden=lambda name: ".layers." in name)
     assert isinstance(muon, torch.optim.Muon)
     assert isinstance(adamw, torch.optim.AdamW)
     assert all(p.ndim == 2 for group in muon.param_groups for p in group["params"])

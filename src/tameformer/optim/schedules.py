@@ -37,8 +37,8 @@ def linear(step: int, *, total_steps: int, warmup_steps: int = 0, final_ratio: f
     """Warm-up, then a straight line to `final_ratio` at `total_steps`.
 
     Example:
-        >>> linear(50, total_steps=100), linear(100, total_steps=100, final_ratio=0.1)
-        (0.5, 0.1)
+        >>> linear(50, total_steps=100), linear(100, total_steps=100, final_ratio=0.5)
+        (0.5, 0.5)
     """
     done = _decayed(step, warmup_steps, total_steps)
     return warmup(step, warmup_steps=warmup_steps) * (1 - (1 - final_ratio) * done)

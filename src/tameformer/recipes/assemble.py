@@ -68,8 +68,8 @@ def assemble(
             pin_memory=torch.accelerator.is_available(),
         ),
         plan=plan,
-        # Everything outside the stack is an embedding, a stem or an output head.
-        optimizers=optimizers(model, config.optim, is_hidden=lambda name: "stack." in name),
+        # Everything outside the layers is an embedding, a stem or an output head.
+        optimizers=optimizers(model, config.optim, is_hidden=lambda name: ".layers." in name),
         schedule=schedule(config.optim, total_steps=max_steps),
         max_steps=max_steps,
         unit=unit,

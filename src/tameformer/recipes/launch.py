@@ -242,9 +242,9 @@ def _opening_events(
             for group in optimizer.param_groups
         }
         told = ", ".join(f"{count:,} in group {name}" for name, count in groups.items())
-        events.append(("start", f"{recipe.name}: {parameters:,} parameters ({told}), {run.max_steps} steps", {}))
+        events.append(("start", f"{recipe.name}: {parameters:,} parameters ({told}), {run.max_steps} steps", {"max_steps": run.max_steps}))
     else:
-        events.append(("resume", f"continues from {checkpoint.name}", {}))
+        events.append(("resume", f"continues from {checkpoint.name}", {"max_steps": run.max_steps}))
     events += [("checkpoint_skipped", sentence, {}) for sentence in skipped]
     events += [("config_drift", f"{sentence}, from here on", {}) for sentence in drift]
     if timings:

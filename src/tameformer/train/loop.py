@@ -117,6 +117,7 @@ class Loop:
                         self._measure(run.test, "test")
                     self._save(best=is_best)
                     if self.status != "running":
+                        self._tell_end()
                         break
                 elif self._every(run.checkpoint.every, self.step):
                     self._save()
@@ -234,6 +235,13 @@ class Loop:
             else:
                 self.listener.on_save(self.step)
         self._last_line += time.perf_counter() - started
+
+    def _tell_end(self) -> None:
+        message = f"finished after step {self.step}"
+        if self.status == "early_stopped":
+            best = self.selection
+            message = f"stopped early after step {self.step}: {best.metric} was best at step {best.best_step} ({best.best})"
+        self.listener.on_event(self.step, "finish", message, {})
 
     def _save_before_stopping(self) -> None:
         """Save, unless this step is saved already, and read the checkpoint back: nobody is there to try again."""

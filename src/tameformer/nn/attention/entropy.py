@@ -21,7 +21,7 @@ def logits_entropy(logits: Float[Tensor, "*rows key"], visible: Bool[Tensor, "*#
 
     Example:
         >>> logits_entropy(torch.zeros(2, 4), torch.ones(1, 4, dtype=torch.bool)).exp()
-        tensor([4.0000, 4.0000])
+        tensor([4., 4.])
     """
     hidden = ~visible
     shifted = logits.masked_fill(hidden, -torch.inf)
