@@ -106,5 +106,5 @@ def test_files_that_are_not_plain_mappings_are_refused(tmp_path, text, message, 
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="nowhere.yaml"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         config.read_yaml(tmp_path / "nowhere.yaml")

@@ -35,5 +35,7 @@ _NOT_NEEDED = ("jsonargparse", "datasets", "sacrebleu", "tokenizers", "transform
 
 
 def test_the_library_imports_without_the_optional_packages():
-    loaded = _modules_after("import tameformer.recipes.launch, tameformer.recipes.vision, tameformer.recipes.translation")
+    loaded = _modules_after(
+        "import tameformer.recipes.launch, tameformer.recipes.vision, tameformer.recipes.translation"
+    )
     assert not loaded & set(_NOT_NEEDED)

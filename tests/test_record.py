@@ -6,7 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tameformer.errors import RecordError
-from tameformer.record import EVENTS, LOG, RunReader, RunWriter, cut_back, decode_number, encode_number, write_atomically
+from tameformer.record import (
+    EVENTS,
+    LOG,
+    RunReader,
+    RunWriter,
+    cut_back,
+    decode_number,
+    encode_number,
+    write_atomically,
+)
 
 
 @given(st.floats())

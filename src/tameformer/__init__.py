@@ -1,3 +1,29 @@
-"""Train Transformers that do not fall over."""
+"""Train Transformers that do not fall over: see inside them, keep them stable, and train them from recipes.
+
+Public names are loaded when they are first used, so that `import tameformer` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tameformer.recipes.launch import Result, train
+
+_HOMES = {
+    "Result": "tameformer.recipes.launch",
+    "train": "tameformer.recipes.launch",
+}
+__all__ = ["Result", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    # `tameformer.training` is the function: the package of the training loop keeps the same name one level down.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -106,7 +106,7 @@ class RunWriter:
         else:
             cut_back(folder / EVENTS, math.inf)  # all events stay, a torn last line goes
         self._files: dict[str, TextIO] = {
-            name: open(folder / name, "a", encoding="utf-8") for name in (LOG, PROBES, EVENTS)
+            name: (folder / name).open("a", encoding="utf-8") for name in (LOG, PROBES, EVENTS)
         }
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -35,7 +35,7 @@ def test_first_rule_wins_and_frozen_parameters_are_left_out():
 
 
 def test_a_parameter_without_a_rule_and_a_rule_without_a_parameter_are_errors():
-    with pytest.raises(ValueError, match="no rule selects parameter 0.weight"):
+    with pytest.raises(ValueError, match=r"no rule selects parameter 0\.weight"):
         parameter_groups(small_model(), [Rule("matrices", is_matrix)])
     nothing = Rule("nothing", lambda name, module, parameter: False)
     with pytest.raises(ValueError, match="rule nothing selects no parameter of Sequential"):

@@ -33,7 +33,8 @@ def test_reaches_one_at_the_end_of_the_warmup(function):
 
 
 @pytest.mark.parametrize(
-    "function", [schedules.linear, schedules.cosine, schedules.one_cycle, schedules.warmup_stable_decay, schedules.triangle]
+    "function",
+    [schedules.linear, schedules.cosine, schedules.one_cycle, schedules.warmup_stable_decay, schedules.triangle],
 )
 def test_ends_at_the_final_ratio(function):
     assert function(100, total_steps=100, warmup_steps=10, final_ratio=0.1) == pytest.approx(0.1)

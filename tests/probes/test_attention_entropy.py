@@ -42,7 +42,7 @@ def test_entropy_of_no_key_is_nan_and_of_one_key_is_zero():
 def test_rows_are_distinct_inside_and_spread(length, count):
     rows = stratified_rows(length, count)
     assert len(rows) == min(length, count) == len(set(rows.tolist()))
-    assert 0 <= rows.min()
+    assert rows.min() >= 0
     assert rows.max() < length
     gaps = rows.diff()
     assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1

@@ -12,7 +12,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from tameformer.record import REPORT
-from tameformer.train import Listener
+from tameformer.training import Listener
 
 SECONDS_BETWEEN_LINES = 10.0
 _SHOWN = (

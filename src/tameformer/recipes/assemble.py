@@ -13,9 +13,9 @@ from tameformer.nn.attention import set_compute_dtype
 from tameformer.optim import optimizers, schedule
 from tameformer.probes import AttentionEntropy
 from tameformer.recipes.config import RecipeConfig
-from tameformer.train import Run
-from tameformer.train.run import Evaluation
-from tameformer.train.step import Loss
+from tameformer.training import Run
+from tameformer.training.run import Evaluation
+from tameformer.training.step import Loss
 
 Model = TypeVar("Model", bound=nn.Module)
 

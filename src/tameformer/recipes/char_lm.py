@@ -16,8 +16,8 @@ from tameformer.data.windows import EvaluationWindows, TokenWindows
 from tameformer.models.decoder import DecoderConfig, decoder
 from tameformer.recipes.assemble import assemble, require_path, seeded
 from tameformer.recipes.config import RecipeConfig
-from tameformer.train import Engine, Run, mean_metrics
-from tameformer.train.step import Batch
+from tameformer.training import Engine, Run, mean_metrics
+from tameformer.training.step import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

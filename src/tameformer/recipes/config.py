@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from tameformer.optim import OptimConfig
-from tameformer.train.checkpoint import CheckpointConfig
-from tameformer.train.run import LoopConfig
+from tameformer.training.checkpoint import CheckpointConfig
+from tameformer.training.run import LoopConfig
 
 
 @dataclass(frozen=True, kw_only=True)

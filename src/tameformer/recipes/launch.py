@@ -14,11 +14,11 @@ from tameformer.errors import CheckpointError, ConfigError
 from tameformer.recipes.catalogue import Recipe, resolve, with_values
 from tameformer.record import CONFIG, ENVIRONMENT, LOG, RunWriter, write_atomically
 from tameformer.report import write_report
-from tameformer.train import CheckpointFolder, Engine, Listener, Listeners, Loop, Run, StopRequest
-from tameformer.train import checkpoint as checkpoints_on_disk
-from tameformer.train.environment import environment
-from tameformer.train.listeners import RecordListener, TensorBoardListener
-from tameformer.train.precision import PRECISIONS, candidates, fastest
+from tameformer.training import CheckpointFolder, Engine, Listener, Listeners, Loop, Run, StopRequest
+from tameformer.training import checkpoint as checkpoints_on_disk
+from tameformer.training.environment import environment
+from tameformer.training.listeners import RecordListener, TensorBoardListener
+from tameformer.training.precision import PRECISIONS, candidates, fastest
 
 # A resume may change these and still be the same run: they do not touch what is learned.
 _HARMLESS = ("output_dir", "precision", "loop.logging_steps", "loop.eval_steps", "checkpoint.", "data.num_workers")
@@ -242,7 +242,13 @@ def _opening_events(
             for group in optimizer.param_groups
         }
         told = ", ".join(f"{count:,} in group {name}" for name, count in groups.items())
-        events.append(("start", f"{recipe.name}: {parameters:,} parameters ({told}), {run.max_steps} steps", {"max_steps": run.max_steps}))
+        events.append(
+            (
+                "start",
+                f"{recipe.name}: {parameters:,} parameters ({told}), {run.max_steps} steps",
+                {"max_steps": run.max_steps},
+            )
+        )
     else:
         events.append(("resume", f"continues from {checkpoint.name}", {"max_steps": run.max_steps}))
     events += [("checkpoint_skipped", sentence, {}) for sentence in skipped]

@@ -18,8 +18,8 @@ from tameformer.models.decoder import DecoderConfig, decoder
 from tameformer.nn.masks import document_mask
 from tameformer.recipes.assemble import assemble, require_path, seeded
 from tameformer.recipes.config import RecipeConfig
-from tameformer.train import Engine, Run, mean_metrics
-from tameformer.train.step import Batch
+from tameformer.training import Engine, Run, mean_metrics
+from tameformer.training.step import Batch
 
 TOKENIZER = "tokenizer.json"
 

@@ -18,9 +18,9 @@ from tameformer.models.encoder_decoder import EncoderDecoder, EncoderDecoderConf
 from tameformer.models.generate import beam_search, translation_steps
 from tameformer.recipes.assemble import assemble, require_path, seeded
 from tameformer.recipes.config import RecipeConfig
-from tameformer.train import Engine, Run, mean_metrics
-from tameformer.train.run import Evaluation
-from tameformer.train.step import Batch
+from tameformer.training import Engine, Run, mean_metrics
+from tameformer.training.run import Evaluation
+from tameformer.training.step import Batch
 
 Pairs = Sequence[tuple[str, str]]
 TOKENIZER = "tokenizer.json"

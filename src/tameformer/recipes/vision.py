@@ -31,8 +31,8 @@ from tameformer.data.sources import (
 from tameformer.models.vision import VisionConfig, vision_classifier
 from tameformer.recipes.assemble import assemble, require_path, seeded
 from tameformer.recipes.config import RecipeConfig
-from tameformer.train import Engine, Run, mean_metrics
-from tameformer.train.step import Batch
+from tameformer.training import Engine, Run, mean_metrics
+from tameformer.training.step import Batch
 
 ImageSource = ArraySource | DecodedImages
 Augmentation = Literal["shift", "flip", "affine", "erasing", "trivial_augment", "rand_augment"]

@@ -10,9 +10,9 @@ from torch import nn
 from tameformer.errors import CheckpointError
 from tameformer.optim import OptimConfig, optimizers
 from tameformer.record import BEST, LATEST
-from tameformer.train import CheckpointFolder, Snapshot
-from tameformer.train import checkpoint as module
-from tameformer.train.checkpoint import (
+from tameformer.training import CheckpointFolder, Snapshot
+from tameformer.training import checkpoint as module
+from tameformer.training.checkpoint import (
     load,
     load_model_tensors,
     load_optimizer_tensors,
@@ -86,7 +86,11 @@ def test_every_mismatch_is_named():
     del tensors["constant"]
     with pytest.raises(CheckpointError) as error:
         load_model_tensors(Tied(), tensors)
-    for part in ("hidden.weight has shape (5, 4) in the checkpoint and (4, 4)", "stranger is not part", "constant is missing"):
+    for part in (
+        "hidden.weight has shape (5, 4) in the checkpoint and (4, 4)",
+        "stranger is not part",
+        "constant is missing",
+    ):
         assert part in str(error.value)
 
 
@@ -163,7 +167,7 @@ def test_a_pickle_offered_as_a_checkpoint_is_never_run(tmp_path, monkeypatch):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"]["model.safetensors"] = module._fingerprint(path / "model.safetensors")
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(Exception, match="(?i)header|safetensor"):
+    with pytest.raises(Exception, match=r"(?i)header|safetensor"):
         load(path)
     assert not (tmp_path / "exploded").exists()
 
@@ -176,7 +180,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_no_remains(tmp_path, monkey
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr(module, "_sync", full)
-    with pytest.raises(OSError, match="checkpoint of step 2 was not written: .*No space left"):
+    with pytest.raises(OSError, match=r"checkpoint of step 2 was not written: .*No space left"):
         folder.save(2, content)
     assert [path.name for path in folder.folder.iterdir()] == ["step-000001"]
     assert (tmp_path / LATEST).read_text() == "step-000001\n"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tameformer.optim import clip_norm
-from tameformer.train.engine import Engine
+from tameformer.training.engine import Engine
 
 Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch], Tensor]

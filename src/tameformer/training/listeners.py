@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tameformer.record import TENSORBOARD, RunWriter
-from tameformer.train.events import Listener
+from tameformer.training.events import Listener
 
 
 class RecordListener(Listener):

@@ -2,7 +2,7 @@ import time
 
 import torch
 
-from tameformer.train.precision import candidates, fastest
+from tameformer.training.precision import candidates, fastest
 
 
 def sleeper(seconds):

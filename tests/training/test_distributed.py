@@ -8,7 +8,14 @@ import pytest
 
 from tameformer.record import RunReader
 
-COMMAND = ["train", "vit-digits", "--max_steps=16", "--data.batch_size=64", "--loop.logging_steps=2", "--loop.eval_steps=8"]
+COMMAND = [
+    "train",
+    "vit-digits",
+    "--max_steps=16",
+    "--data.batch_size=64",
+    "--loop.logging_steps=2",
+    "--loop.eval_steps=8",
+]
 KEYS = ("train/loss", "train/grad_norm", "train/clip_rate", "eval/loss", "eval/accuracy")
 
 
@@ -17,7 +24,9 @@ def tame(folder, *arguments, processes):
     if processes > 1:
         launcher += ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
     command = [*launcher, "tameformer.cli", *COMMAND, f"--output_dir={folder}", *arguments]
-    answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    answer = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
     assert answer.returncode == 0, answer.stderr[-3000:]
     return RunReader(folder).log()
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tameformer.train.engine import Engine
-from tameformer.train.step import StepResult
+from tameformer.training.engine import Engine
+from tameformer.training.step import StepResult
 
 
 class Interval:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tameformer.errors import NonFiniteError
-from tameformer.train.checkpoint import (
+from tameformer.training.checkpoint import (
     CheckpointFolder,
     Snapshot,
     load_model_tensors,
@@ -21,13 +21,13 @@ from tameformer.train.checkpoint import (
     optimizer_tensors,
     verify,
 )
-from tameformer.train.engine import Engine, evaluating
-from tameformer.train.events import Listener
-from tameformer.train.interval import Interval
-from tameformer.train.run import Evaluation, Run
-from tameformer.train.selection import Selection
-from tameformer.train.signals import StopRequest
-from tameformer.train.step import train_step
+from tameformer.training.engine import Engine, evaluating
+from tameformer.training.events import Listener
+from tameformer.training.interval import Interval
+from tameformer.training.run import Evaluation, Run
+from tameformer.training.selection import Selection
+from tameformer.training.signals import StopRequest
+from tameformer.training.step import train_step
 
 Status = Literal["running", "finished", "early_stopped"]
 
@@ -240,7 +240,9 @@ class Loop:
         message = f"finished after step {self.step}"
         if self.status == "early_stopped":
             best = self.selection
-            message = f"stopped early after step {self.step}: {best.metric} was best at step {best.best_step} ({best.best})"
+            message = (
+                f"stopped early after step {self.step}: {best.metric} was best at step {best.best_step} ({best.best})"
+            )
         self.listener.on_event(self.step, "finish", message, {})
 
     def _save_before_stopping(self) -> None:

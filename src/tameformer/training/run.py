@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tameformer.train.checkpoint import CheckpointConfig
-from tameformer.train.engine import Engine
-from tameformer.train.step import Batch, Loss
+from tameformer.training.checkpoint import CheckpointConfig
+from tameformer.training.engine import Engine
+from tameformer.training.step import Batch, Loss
 
 Evaluation = Callable[[Engine, nn.Module], dict[str, float]]
 """From a model to metrics such as `loss`, over all processes; the model comes in evaluation mode, without gradients."""

@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from tameformer.train.engine import Engine
-from tameformer.train.interval import Interval
-from tameformer.train.step import StepResult
+from tameformer.training.engine import Engine
+from tameformer.training.interval import Interval
+from tameformer.training.step import StepResult
 
 
 def filled(losses, items, norms):

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from tameformer.train.engine import Engine
-from tameformer.train.step import Batch
+from tameformer.training.engine import Engine
+from tameformer.training.step import Batch
 
 Measure = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
 """From a batch on the device to sums over its `num_items` targets, by metric."""

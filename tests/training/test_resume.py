@@ -9,7 +9,7 @@ import pytest
 
 from tameformer.recipes.launch import train
 from tameformer.record import RunReader
-from tameformer.train import CheckpointFolder, Listener
+from tameformer.training import CheckpointFolder, Listener
 
 MAX_STEPS = 26
 SMALL = {

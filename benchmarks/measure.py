@@ -1,0 +1,152 @@
+"""Fair comparison of training loops on a machine that others use, too.
+
+Every loop runs in a thread of its own and is let go for a few steps at a time, one loop after the other, in a new random
+order each round. Ratios are taken inside a round, so that what slows the machine for a while slows both sides.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+StepBegins = Callable[[], bool]
+"""Called by a loop before each step; waits until the step may run, and says False when the loop shall end."""
+TrainingLoop = Callable[[StepBegins], object]
+"""Runs steps for as long as it is let."""
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """A sample's middle half."""
+
+    median: float
+    low: float
+    high: float
+
+    def show(self, digits: int = 3) -> str:
+        """As `median [low-high]`."""
+        return f"{self.median:.{digits}f} [{self.low:.{digits}f}-{self.high:.{digits}f}]"
+
+
+def quartiles(values: Sequence[float]) -> Quartiles:
+    """Median and quartiles, linear between neighbours.
+
+    Example:
+        >>> quartiles([4.0, 1.0, 2.0, 3.0, 5.0])
+        Quartiles(median=3.0, low=2.0, high=4.0)
+    """
+    ordered = sorted(values)
+
+    def at(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        below = int(place)
+        above = min(below + 1, len(ordered) - 1)
+        return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+    return Quartiles(at(0.5), at(0.25), at(0.75))
+
+
+class Paused:
+    """A loop in its own thread that stands still until it is let go for a number of steps.
+
+    A chunk lasts from one call of `step_begins` to the one `steps` later: all that the loop does per step is inside,
+    wherever in its step it makes the call. The first call is reached, and thrown away, before anything is timed.
+    """
+
+    def __init__(self, loop: TrainingLoop) -> None:
+        self._loop = loop
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._left = 0
+        self._ending = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        self._wait()  # at the first step
+
+    def advance(self, steps: int) -> tuple[float, float]:
+        """Run some steps; returns the processor's and the wall clock's seconds."""
+        self._left = steps
+        wall, processor = time.perf_counter(), time.process_time()
+        self._go.release()
+        self._done.acquire()
+        seconds = time.process_time() - processor, time.perf_counter() - wall
+        self._raise()
+        return seconds
+
+    def close(self) -> None:
+        """Let the loop end as it does at the end of its data."""
+        self._ending = True
+        self._go.release()
+        self._thread.join()
+        self._raise()
+
+    def _step_begins(self) -> bool:
+        if self._left == 0:
+            self._done.release()
+            self._go.acquire()
+        self._left -= 1
+        return not self._ending
+
+    def _run(self) -> None:
+        try:
+            self._loop(self._step_begins)
+        except BaseException as error:
+            self._error = error
+        self._done.release()
+
+    def _wait(self) -> None:
+        self._done.acquire()
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if not self._thread.is_alive() and not self._ending:
+            raise RuntimeError("the loop ended before it was told to; give it more steps")
+
+
+Timings = Mapping[str, list[tuple[float, float]]]
+"""By variant, for each round, the processor's and the wall clock's seconds of one step."""
+
+
+def interleaved(loops: Mapping[str, TrainingLoop], *, rounds: int, steps: int, warmup: int, seed: int = 0) -> Timings:
+    """Time a step of every loop in turns.
+
+    Args:
+        loops: By name.
+        rounds: How often each loop has its turn.
+        steps: Steps in a turn.
+        warmup: Steps before the first timed turn.
+        seed: Of the order within the rounds.
+    """
+    order = random.Random(seed)
+    paused: dict[str, Paused] = {}
+    try:
+        for name, loop in loops.items():
+            paused[name] = Paused(loop)
+            paused[name].advance(warmup)
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
+        for _ in range(rounds):
+            for name in order.sample(sorted(paused), len(paused)):
+                processor, wall = paused[name].advance(steps)
+                seconds[name].append((processor / steps, wall / steps))
+    finally:
+        for loop in paused.values():
+            loop.close()
+    return seconds
+
+
+def clock(timings: Timings, *, threads: int) -> dict[str, list[float]]:
+    """Seconds by variant: the processor's with one thread (a preempted process does not age), else the wall clock's."""
+    return {name: [pair[0 if threads == 1 else 1] for pair in pairs] for name, pairs in timings.items()}
+
+
+def ratio(seconds: Mapping[str, Sequence[float]], name: str, to: str) -> Quartiles:
+    """One variant's time over another's, round by round."""
+    return quartiles([ours / theirs for ours, theirs in zip(seconds[name], seconds[to], strict=True)])
+
+
+def difference_ms(seconds: Mapping[str, Sequence[float]], name: str, to: str) -> Quartiles:
+    """One variant's time minus another's, round by round, in milliseconds."""
+    return quartiles([1e3 * (ours - theirs) for ours, theirs in zip(seconds[name], seconds[to], strict=True)])
