@@ -110,7 +110,18 @@ Timings = Mapping[str, list[tuple[float, float]]]
 """By variant, for each round, the processor's and the wall clock's seconds of one step."""
 
 
-def interleaved(loops: Mapping[str, TrainingLoop], *, rounds: int, steps: int, warmup: int, seed: int = 0) -> Timings:
+Hooks = tuple[Callable[[], object], Callable[[], object]]
+
+
+def interleaved(
+    loops: Mapping[str, TrainingLoop],
+    *,
+    rounds: int,
+    steps: int,
+    warmup: int,
+    seed: int = 0,
+    around: Callable[[str], Hooks] = lambda name: (lambda: None, lambda: None),
+) -> Timings:
     """Time a step of every loop in turns.
 
     Args:
@@ -119,6 +130,7 @@ def interleaved(loops: Mapping[str, TrainingLoop], *, rounds: int, steps: int, w
         steps: Steps in a turn.
         warmup: Steps before the first timed turn.
         seed: Of the order within the rounds.
+        around: From a loop's name to what is called before and after each of its turns, outside the clock.
     """
     order = random.Random(seed)
     paused: dict[str, Paused] = {}
@@ -129,7 +141,10 @@ def interleaved(loops: Mapping[str, TrainingLoop], *, rounds: int, steps: int, w
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
         for _ in range(rounds):
             for name in order.sample(sorted(paused), len(paused)):
+                before, after = around(name)
+                before()
                 processor, wall = paused[name].advance(steps)
+                after()
                 seconds[name].append((processor / steps, wall / steps))
     finally:
         for loop in paused.values():

@@ -9,6 +9,7 @@ it. The peak's mark is set back before the first step where the kernel allows it
 counts.
 """
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -50,10 +51,8 @@ def child(name: str, steps: int, quick: bool) -> None:
     loop = {"bare": bare, "ours": ours, "ours_unmonitored": lambda *a: ours(*a, monitored=False)}[name](size, text)
     paused = Paused(loop)  # stands before its first step
     gc.collect()
-    try:
+    with contextlib.suppress(OSError):  # where refused, the peak holds what imports took for a moment
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # the peak then holds what imports took for a moment
     before = resident("VmRSS")
     paused.advance(steps)
     print("MEMORY", json.dumps({"imports": imports, "before": before, "peak": resident("VmHWM")}))
@@ -63,17 +62,19 @@ def child(name: str, steps: int, quick: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "python benchmarks/memory.py --rounds 5")
     options.add_argument("--rounds", type=int, default=5, help="fresh processes of each loop")
-    options.add_argument("--steps", type=int, default=10, help="steps in a process; 10 and more write a line of the log")
+    options.add_argument(
+        "--steps", type=int, default=10, help="steps in a process; 10 and more write a line of the log"
+    )
     options.add_argument("--child", choices=LOOPS, help="be one of those processes")
     given = options.parse_args(arguments)
     set_threads(given.threads)
     if given.child is not None:
         child(given.child, given.steps, given.quick)
         return
-    order = random.Random(0)
-    taken: dict[str, list[dict[str, float]]] = {name: [] for name in LOOPS}
+    order, names = random.Random(0), LOOPS[:2] if given.quick else LOOPS
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(1 if given.quick else given.rounds):
-        for name in order.sample(LOOPS, len(LOOPS)):
+        for name in order.sample(names, len(names)):
             command = [sys.executable, __file__, "--child", name, "--steps", str(given.steps)]
             command += ["--threads", str(given.threads), *(["--quick"] if given.quick else [])]
             done = subprocess.run(command, capture_output=True, text=True)
@@ -89,9 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ["loop", "our imports", "before the first step", "peak", "growth", "growth / bare", "peak / bare"],
     )
     ratios = {}
-    for name in LOOPS:
+    for name in names:
         ratios[name] = quartiles([mine / theirs for mine, theirs in zip(growth[name], growth["bare"], strict=True)])
-        whole = [mine["peak"] / (theirs["peak"] - (theirs["imports"] if name != "bare" else 0)) for mine, theirs in zip(taken[name], taken["bare"], strict=True)]
+        whole = [
+            mine["peak"] / (theirs["peak"] - (theirs["imports"] if name != "bare" else 0))
+            for mine, theirs in zip(taken[name], taken["bare"], strict=True)
+        ]
         columns = [[one[key] for one in taken[name]] for key in ("imports", "before", "peak")] + [growth[name]]
         shown = [quartiles(column).show(0) for column in columns]
         table.rows.append([name, *shown, ratios[name].show(), quartiles(whole).show()])

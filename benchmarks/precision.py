@@ -51,13 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seconds = clock(timings, threads=given.threads)
     # Ours tells the mean of 10 steps; the bare loop's losses are averaged over the same steps.
     bare_losses = losses["bare fp32"]
-    losses["bare fp32"] = [statistics.fmean(bare_losses[first : first + 10]) for first in range(0, len(bare_losses) - 9, 10)]
+    losses["bare fp32"] = [
+        statistics.fmean(bare_losses[first : first + 10]) for first in range(0, len(bare_losses) - 9, 10)
+    ]
     total = warmup + rounds * steps
     table = Table(
         f"{size.show()}; {rounds} rounds of {steps} steps",
-        ["loop", "ms per step", "tokens/s", "time / bare fp32", f"loss, steps {total - 50} to {total}"],
+        ["loop", "ms per step", "tokens/s", "time / bare fp32", f"loss, steps {max(0, total - 50)} to {total}"],
     )
-    final = {name: statistics.fmean(values[total // 10 - 5 : total // 10]) for name, values in losses.items()}
+    final = {name: statistics.fmean(values[max(0, total // 10 - 5) : total // 10]) for name, values in losses.items()}
     for name in loops:
         ms = quartiles([1e3 * second for second in seconds[name]])
         table.rows.append(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from measure import quartiles
-from subjects import TINY, adamw, mean_loss, model_of, random_windows, run_of, text_of
+from subjects import TINY, mean_loss, random_windows, run_of, text_of
 from write_up import Table, parser, set_threads, write
 
 from tameformer.optim import clip_norm
@@ -43,7 +43,6 @@ def parts(folder: Path, size, text) -> tuple[dict[str, tuple[Part, int]], Callab
     for _ in range(EVERY):
         loop.interval.add(result)
     values = {**loop.interval.line(*loop.interval.read(engine), max_grad_norm=1.0), "train/lr": 1e-3}
-    one_group = adamw(model)
     plain = random_windows(text, size)
     factor = torch.ones(())
 
@@ -58,10 +57,6 @@ def parts(folder: Path, size, text) -> tuple[dict[str, tuple[Part, int]], Callab
     def step() -> None:
         give_gradients()
         optimizer.step()
-
-    def bare_step() -> None:
-        give_gradients()
-        one_group.step()
 
     def give_gradients() -> None:
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -109,7 +104,6 @@ def parts(folder: Path, size, text) -> tuple[dict[str, tuple[Part, int]], Callab
         "forward, backward (ours: sum, scaled)": (forward_backward, 1),
         "forward, backward (bare: mean)": (bare_forward_backward, 1),
         "optimizer.step, fused AdamW, our two groups": (step, 1),
-        "optimizer.step, the bare loop's one group": (bare_step, 1),
         "zero_grad of no gradients": (optimizer.zero_grad, 1),
         "next batch from our stream": (lambda: next(batches), 1),
         "next batch of a plain script": (lambda: next(plain), 1),

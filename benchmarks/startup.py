@@ -71,7 +71,9 @@ def run(command: Sequence[str], env: dict[str, str]) -> dict[str, tuple[float, f
     if done.returncode:
         raise RuntimeError(f"{command[1:4]} ended with {done.returncode}: {done.stderr[-2000:]}")
     now = os.times()
-    stamps = {"exit": (now.children_user + now.children_system - used.children_user - used.children_system, end - begin)}
+    stamps = {
+        "exit": (now.children_user + now.children_system - used.children_user - used.children_system, end - begin)
+    }
     for name, processor, wall in re.findall(r"^(STAMP|END) (\S+) (\S+)$", done.stdout, re.MULTILINE):
         stamps.setdefault(name, (float(processor), float(wall) - begin))
     return stamps
@@ -118,9 +120,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"First step after the bare script's: {beside.show(2)} s. Torch's own optimizers import torch._dynamo when the "
         "first one is made and again ask for it in `step`, so the bare script pays for that, too.",
     ]
-    spent = imports(commands[STEP], env)
-    of_bare = imports(commands[BARE], env)
-    details = Table("Imports of the training command beyond those of the bare script, one process, own time", ["package", "ms"])
+    spent, of_bare = ({}, {}) if given.quick else (imports(commands[name], env) for name in (STEP, BARE))
+    details = Table(
+        "Imports of the training command beyond those of the bare script, one process, own time", ["package", "ms"]
+    )
     extra = {name: ms - of_bare.get(name, 0.0) for name, ms in spent.items()}
     for name, ms in sorted(extra.items(), key=lambda item: -item[1])[:20]:
         details.rows.append([name, f"{ms:.0f}"])

@@ -16,11 +16,21 @@ from torch import Tensor, nn
 from tameformer.data import ShuffledBatches
 from tameformer.data.windows import TokenWindows
 from tameformer.models.decoder import Decoder, DecoderConfig, decoder
-from tameformer.optim import OptimConfig
+from tameformer.optim import OptimConfig, decay_groups
 from tameformer.recipes.assemble import assemble
 from tameformer.recipes.char_lm import Config, language_loss
 from tameformer.record import RunWriter
-from tameformer.training import CheckpointConfig, CheckpointFolder, Engine, Listener, Listeners, Loop, LoopConfig, Run, StopRequest
+from tameformer.training import (
+    CheckpointConfig,
+    CheckpointFolder,
+    Engine,
+    Listener,
+    Listeners,
+    Loop,
+    LoopConfig,
+    Run,
+    StopRequest,
+)
 from tameformer.training.listeners import RecordListener, TensorBoardListener
 from tameformer.training.precision import PRECISIONS
 
@@ -51,7 +61,7 @@ class Size:
 
 TINY = Size(num_layers=1, dim=32, num_heads=2, seq=16, batch=4)
 CHARACTER = Size(num_layers=4, dim=128, num_heads=4, seq=64, batch=12)
-HUNDRED_MS = Size(num_layers=4, dim=128, num_heads=4, seq=128, batch=16)
+HUNDRED_MS = Size(num_layers=4, dim=128, num_heads=4, seq=128, batch=8)
 MIDDLE = Size(num_layers=12, dim=256, num_heads=8, seq=256, batch=8)
 
 
@@ -76,8 +86,8 @@ def text_of(size: Size, length: int = 1_000_000) -> np.ndarray:
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of all loops: AdamW, fused."""
-    return torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+    """The optimizer of the other loops: fused AdamW over the same two groups as ours."""
+    return torch.optim.AdamW(decay_groups(model, weight_decay=0.1), lr=RATE, betas=(0.9, 0.99), fused=True)
 
 
 def mean_loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -241,7 +251,10 @@ def with_trainer(size: Size, text: np.ndarray, *, logging_steps: int = 10) -> Tr
                 label_names=["targets"],
             )
             trainer = Trainer(
-                AnswersLoss(model_of(size)), arguments, train_dataset=Windows(text, size), callbacks=[Turns(step_begins)]
+                AnswersLoss(model_of(size)),
+                arguments,
+                train_dataset=Windows(text, size),
+                callbacks=[Turns(step_begins)],
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
@@ -306,7 +319,9 @@ def ours(
             run.model.compile()
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            listeners: list[Listener] = [RecordListener(RunWriter(folder)), TensorBoardListener(folder)] if monitored else []
+            listeners: list[Listener] = (
+                [RecordListener(RunWriter(folder)), TensorBoardListener(folder)] if monitored else []
+            )
             if losses is not None:
                 listeners.append(_Losses(losses))
             engine = Engine(autocast_dtype=chosen.autocast_dtype)

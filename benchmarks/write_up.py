@@ -26,8 +26,13 @@ class Table:
         """As Markdown with aligned columns, which is also what the terminal shows."""
         lines = [list(self.head), *map(list, self.rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(self.head))]
-        shown = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines]
-        return "\n".join([f"## {self.title}", "", shown[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *shown[1:], ""])
+        shown = [
+            "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+            for line in lines
+        ]
+        return "\n".join(
+            [f"## {self.title}", "", shown[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *shown[1:], ""]
+        )
 
 
 def parser(description: str, example: str) -> argparse.ArgumentParser:
@@ -35,9 +40,13 @@ def parser(description: str, example: str) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         description=description, epilog=f"example: {example}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--quick", action="store_true", help="toy sizes, seconds: shows that it runs, measures nothing")
+    options.add_argument(
+        "--quick", action="store_true", help="toy sizes, seconds: shows that it runs, measures nothing"
+    )
     options.add_argument("--output", type=Path, default=RESULTS, help="folder of the result files")
-    options.add_argument("--threads", type=int, default=1, help="of torch; with 1 the processor's time is taken (default)")
+    options.add_argument(
+        "--threads", type=int, default=1, help="of torch; with 1 the processor's time is taken (default)"
+    )
     return options
 
 
@@ -51,7 +60,13 @@ def set_threads(threads: int) -> None:
 
 
 def write(
-    name: str, tables: Sequence[Table], *, about: str, notes: Sequence[str], raw: Mapping[str, Any], options: argparse.Namespace
+    name: str,
+    tables: Sequence[Table],
+    *,
+    about: str,
+    notes: Sequence[str],
+    raw: Mapping[str, Any],
+    options: argparse.Namespace,
 ) -> None:
     """Print the tables and write `NAME.json` and `NAME.md`.
 
@@ -69,6 +84,8 @@ def write(
         "Accelerators": ", ".join(where["hardware"]["accelerators"]) or "none",
         "Versions": ", ".join(f"{package} {number}" for package, number in where["versions"].items()),
         "Threads": str(where["threads"]),
+        "Commit": (where["git"].get("commit") or "unknown")[:10]
+        + (" with changes" if where["git"].get("dirty") else ""),
         "Date": where["started"],
         "Command": f"`{where['shell']}`",
     }

@@ -36,7 +36,16 @@ def test_train_writes_a_whole_run_folder_and_prints_a_table(capsys):
     assert "report: runs/vit-digits/report.html" in shown
     folder = Path("runs/vit-digits")
     names = {path.name for path in folder.iterdir()}
-    assert names >= {"config.yaml", "env.json", "log.jsonl", "probes.jsonl", "events.jsonl", "LATEST", "report.html", "tb"}
+    assert names >= {
+        "config.yaml",
+        "env.json",
+        "log.jsonl",
+        "probes.jsonl",
+        "events.jsonl",
+        "LATEST",
+        "report.html",
+        "tb",
+    }
     environment = json.loads((folder / "env.json").read_text())
     assert environment["versions"]["torch"]
     assert environment["threads"] >= 1
@@ -60,7 +69,9 @@ def test_a_second_run_takes_a_new_folder_and_nothing_is_written_over(capsys):
 def test_the_run_folders_configuration_repeats_the_run():
     assert main(["train", *TINY, "--seed=3"]) == 0
     assert main(["train", "runs/vit-digits/config.yaml", "--output_dir=again"]) == 0
-    first, second = (CheckpointFolder(Path(name)).path(12) / "model.safetensors" for name in ("runs/vit-digits", "again"))
+    first, second = (
+        CheckpointFolder(Path(name)).path(12) / "model.safetensors" for name in ("runs/vit-digits", "again")
+    )
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -140,7 +151,9 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(number, code)
 
 
 def test_a_second_signal_exits_at_once():
-    process = start("train", "--max_steps=400000", "--num_train_epochs=null", "--loop.logging_steps=1", "--output_dir=run")
+    process = start(
+        "train", "--max_steps=400000", "--num_train_epochs=null", "--loop.logging_steps=1", "--output_dir=run"
+    )
     wait_for_lines(Path("run/log.jsonl"), 2)
     os.kill(process.pid, signal.SIGSTOP)  # both signals are pending when it goes on
     process.send_signal(signal.SIGTERM)
@@ -152,7 +165,14 @@ def test_a_second_signal_exits_at_once():
 
 
 def test_a_killed_run_resumes_from_its_last_checkpoint():
-    long = ["train", "--max_steps=60", "--model.dim=16", "--loop.logging_steps=1", "--checkpoint.every=5", "--output_dir=run"]
+    long = [
+        "train",
+        "--max_steps=60",
+        "--model.dim=16",
+        "--loop.logging_steps=1",
+        "--checkpoint.every=5",
+        "--output_dir=run",
+    ]
     process = start(*long)
     wait_for_lines(Path("run/log.jsonl"), 12)
     process.kill()

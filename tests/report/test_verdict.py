@@ -173,7 +173,13 @@ def test_heads_without_a_positive_ceiling_are_not_judged():
 def test_a_collapse_says_how_long_before_the_loss_it_came():
     log = {"train/loss": series(2.0, 1.0, 1.0, NAN)}
     (found,) = collapsed_attention(run(log, probes=entropies((2, 2), (2, 0.1))))
-    assert "since step 10, 20 steps before the loss broke:" in found.text
+    assert "since step 10, 20 steps before the loss broke: attention collapsed." in found.text
+    assert found.level == "bad"
+
+
+def test_sharp_heads_of_a_run_that_learns_are_no_trouble():
+    (found,) = collapsed_attention(run({"train/loss": series(2.0, 1.0)}, probes=entropies((2, 2), (2, 0.1))))
+    assert (found.level, "no harm while the loss goes on falling" in found.text) == ("good", True)
 
 
 def test_the_verdict_tells_the_worst_first_and_grades_the_run():

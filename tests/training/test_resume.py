@@ -58,12 +58,12 @@ def run(folder: Path, overrides: dict, **options):
         {"data.num_workers": 2},
         {"gradient_accumulation_steps": 4},
         {"data.augment": ["shift", "affine"], "data.mixup_alpha": 0.2, "data.num_workers": 2},
-        {"gradient_accumulation_steps": 4, "optim.name": "muon"},
+        {"gradient_accumulation_steps": 4, "data.augment": ["trivial_augment"], "data.num_workers": 2, "optim.name": "sgd"},
     ],
-    ids=["plain", "workers", "accumulation", "augmented-workers", "augmented-accumulation-muon"],
+    ids=["plain", "workers", "accumulation", "augmented-workers", "all-sgd"],
 )
 # 8: in the middle of an epoch, at a line of the log; 13: at an evaluation; 14: the boundary of an epoch, between lines.
-@pytest.mark.parametrize("stop_after", [(8,), (13,), (14,), (4, 12, 20)], ids=str)
+@pytest.mark.parametrize("stop_after", [(8,), (14,), (4, 13, 20)], ids=str)
 def test_resumed_equals_never_stopped(tmp_path_factory, tmp_path, overrides, stop_after):
     straight = _straight(tmp_path_factory, overrides)
     for step in stop_after:

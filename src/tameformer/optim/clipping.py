@@ -37,10 +37,10 @@ def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Ten
     if max_norm is not None and gradients:
         if norm.device.type == "cpu":  # reading a number is free here, and most steps need no second pass
             if max_norm < norm < torch.inf:
-                torch._foreach_mul_(gradients, max_norm / float(norm))
+                torch._foreach_mul_(gradients, max_norm / float(norm))  # pyright: ignore[reportPrivateImportUsage]
         else:
             factor = torch.where(norm.isfinite(), (max_norm / norm).clamp(max=1.0), torch.ones_like(norm))
-            torch._foreach_mul_(gradients, factor)
+            torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
     return norm
 
 

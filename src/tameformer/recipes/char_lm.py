@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -83,7 +84,7 @@ def build(config: Config, folder: Path) -> Run:
     )
 
 
-def cut(tokens: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+def cut(tokens: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """The tokens without a share at the end, and that share."""
     boundary = round(len(tokens) * (1 - fraction))
     return tokens[:boundary], tokens[boundary:]

@@ -229,7 +229,7 @@ def bleu(translations: Sequence[str], references: Sequence[str], *, lowercase: b
         100.0
     """
     try:
-        from sacrebleu.metrics import BLEU  # pyright: ignore[reportMissingImports]
+        from sacrebleu.metrics.bleu import BLEU
     except ImportError as error:
         raise missing_extra("sacrebleu", "text") from error
     return BLEU(lowercase=lowercase).corpus_score(list(translations), [list(references)])

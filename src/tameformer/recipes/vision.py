@@ -140,7 +140,7 @@ def read_split(data: VisionDataConfig, split: str, like: Any = None) -> ImageSou
 
 def transforms(names: tuple[Augmentation, ...], side: int) -> tuple[Transform, ...]:
     """The random changes by name, in strengths that suit images of this side, in pixels."""
-    known: dict[str, Transform] = {
+    known = {
         "shift": RandomShift(pixels=max(1, side // 8)),
         "flip": HorizontalFlip(),
         "affine": RandomAffine(),

@@ -192,6 +192,8 @@ def clipping(rate: Series | None) -> Finding | None:
 def collapsed_attention(run: Run) -> list[Finding]:
     """A finding for each layer with heads whose entropy is below a tenth of its ceiling, up to the last measurement.
 
+    In a run whose loss broke, that is the trouble to look at. In one that learns, a few sharp heads are ordinary: a
+    character model has heads that look at the character before and nowhere else.
     Non-finite entropies say nothing about collapse and are passed over; heads without a known ceiling are not judged.
     """
     probe = run.probes.get("attention_entropy")
@@ -205,7 +207,8 @@ def collapsed_attention(run: Run) -> list[Finding]:
             heads.setdefault(layer, []).append((head, since))
     loss = run.log.get("train/loss")
     broken = loss.non_finite_steps.tolist() if loss is not None else []
-    return [Finding("bad", _collapse(layer, found, broken[0] if broken else None)) for layer, found in heads.items()]
+    level = "bad" if broken else "good"
+    return [Finding(level, _collapse(layer, found, broken[0] if broken else None)) for layer, found in heads.items()]
 
 
 def smoothed(series: Series) -> Series:
@@ -282,7 +285,8 @@ def _collapse(layer: str, found: list[tuple[int | None, int]], broken: int | Non
     since = f"since step {first:,}" if first == last else f"since steps {first:,} to {last:,}"
     before = f", {broken - first:,} steps before the loss broke" if broken is not None and broken > first else ""
     where = f"{layer},{heads}" if heads else layer
-    return f"Attention entropy in {where} is below a tenth of its ceiling {since}{before}: attention is collapsing."
+    meaning = "attention collapsed" if broken is not None else "sharp heads, no harm while the loss goes on falling"
+    return f"Attention entropy in {where} is below a tenth of its ceiling {since}{before}: {meaning}."
 
 
 def _enumerate(words: list[str], limit: int = 6) -> str:

@@ -126,9 +126,9 @@ class RandomShift:
 class RandomAffine:
     """A small rotation, shift, change of size and shear, each uniform in plus or minus its bound."""
 
-    degrees: float = 10.0
+    degrees: float = 8.0
     """Largest rotation, in degrees."""
-    translate: float = 0.1
+    translate: float = 0.05
     """Largest shift, as a part of the side."""
     scale: float = 0.1
     """Largest change of size, as the logarithm of the factor: 0.1 is about 10 %."""
