@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -101,7 +102,7 @@ def test_overfit_batches_learns_them_by_heart():
         (["train", "--peak_lr=3"], 2, "did you mean optim.peak_lr?"),
         (["train", "--optim.name=adan"], 2, "optim.name expects one of adamw, adam, radam, sgd, lars, muon, got adan"),
         (["train", "--model.num_heads=3"], 2, "heads"),
-        (["train", "--optim.warmup_steps=5000"], 1, "optim.warmup_steps is 5000, longer than the run of 440 steps"),
+        (["train", "--optim.warmup_steps=5000"], 2, "optim.warmup_steps is 5000, longer than the run of 440 steps"),
         (["train", "--data.batch_size=5000"], 1, "batch_size 5000 is larger than the data, which has 1437 samples"),
         (["train", "vit-digit"], 2, "there is no recipe vit-digit; did you mean vit-digits?"),
         (["train", "char-lm"], 2, "this recipe needs a text file: give --data.path PATH"),
@@ -199,6 +200,24 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(capsys):
     assert main(["train", *TINY, "--output_dir=run", "--checkpoint.every=4", "--resume=auto"]) == 0
     assert "step-000012 is damaged: model.safetensors differs" in capsys.readouterr().err
     assert [line["step"] for line in RunReader(Path("run")).log() if "train/loss" in line] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_disk_too_small_for_a_checkpoint_is_told_and_the_run_goes_on(capsys):
+    """No file may grow beyond 150 kB from here on: weights do not fit, logs and report do."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
+    try:
+        assert main(["train", "--max_steps=6", "--data.batch_size=96", "--checkpoint.every=2", "--output_dir=run"]) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    events = RunReader(Path("run")).events()
+    failed = [event for event in events if event["kind"] == "checkpoint_failed"]
+    assert [event["step"] for event in failed] == [2, 4, 6]
+    assert "the run goes on" in failed[0]["message"]
+    assert list(Path("run/checkpoints").iterdir()) == []
+    assert not Path("run/LATEST").exists()
 
 
 def test_divergence_is_told_exits_with_three_and_keeps_a_sound_checkpoint(capsys):

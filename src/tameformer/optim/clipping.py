@@ -4,6 +4,7 @@ References:
     Pascanu et al. 2013, "On the difficulty of training recurrent neural networks", arXiv:1211.5063.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -36,8 +37,9 @@ def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Ten
         norm = norm.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
     if max_norm is not None and gradients:
         if norm.device.type == "cpu":  # reading a number is free here, and most steps need no second pass
-            if max_norm < norm < torch.inf:
-                torch._foreach_mul_(gradients, max_norm / float(norm))  # pyright: ignore[reportPrivateImportUsage]
+            value = float(norm)
+            if max_norm < value < math.inf:
+                torch._foreach_mul_(gradients, max_norm / value)  # pyright: ignore[reportPrivateImportUsage]
         else:
             factor = torch.where(norm.isfinite(), (max_norm / norm).clamp(max=1.0), torch.ones_like(norm))
             torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]

@@ -51,11 +51,15 @@ def assemble(
     """A run from a task's parts.
 
     Raises:
-        ValueError: A warm-up longer than the run, and whatever else the optimizer or the schedule refuses.
+        ConfigError: A schedule that does not fit the run, such as a warm-up that is longer.
     """
     if config.overfit_batches is not None:
         plan = FirstBatches(plan, config.overfit_batches)
     max_steps = num_steps(config, plan)
+    try:
+        rates = schedule(config.optim, total_steps=max_steps)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return Run(
         model=model,
         loss=loss,
@@ -70,7 +74,7 @@ def assemble(
         plan=plan,
         # Everything outside the layers is an embedding, a stem or an output head.
         optimizers=optimizers(model, config.optim, is_hidden=lambda name: ".layers." in name),
-        schedule=schedule(config.optim, total_steps=max_steps),
+        schedule=rates,
         max_steps=max_steps,
         unit=unit,
         max_grad_norm=config.optim.max_grad_norm,

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from tameformer.data import SampleKeys, single_pass
@@ -116,8 +117,7 @@ def build(config: Config, folder: Path) -> Run:
             train.lengths,
             data.max_tokens,
             seed=config.order_seed,
-            min_batch_size=config.gradient_accumulation_steps
-            * 8,  # room for eight processes, whatever their number now
+            min_batch_size=config.gradient_accumulation_steps * PartialState().num_processes,
         ),
         loss=partial(translation_loss, label_smoothing=config.label_smoothing),
         unit="tokens",
