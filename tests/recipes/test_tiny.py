@@ -56,7 +56,14 @@ def overrides(task: str, data: Path) -> dict:
 METRICS = {
     "char-lm": {"eval/loss", "eval/perplexity"},
     "lm": {"eval/loss", "eval/perplexity", "eval/perplexity_per_byte", "eval/bits_per_byte"},
-    "translation": {"eval/loss", "eval/perplexity", "eval/bleu", "eval/bleu_lowercased", "test/bleu", "test/bleu_lowercased"},
+    "translation": {
+        "eval/loss",
+        "eval/perplexity",
+        "eval/bleu",
+        "eval/bleu_lowercased",
+        "test/bleu",
+        "test/bleu_lowercased",
+    },
     "vit": {"eval/loss", "eval/accuracy"},
 }
 
@@ -109,5 +116,9 @@ def test_best_checkpoint_and_early_stopping(tmp_path):
 
 
 def test_an_unknown_best_metric_names_those_there_are(tmp_path):
-    with pytest.raises(Exception, match="checkpoint.best_metric is eval/acc, which is not measured; choose one of eval/acc"):
-        train("vit-digits", overrides={"output_dir": str(tmp_path), "max_steps": 2, "checkpoint.best_metric": "eval/acc"})
+    with pytest.raises(
+        Exception, match=r"checkpoint\.best_metric is eval/acc, which is not measured; choose one of eval/acc"
+    ):
+        train(
+            "vit-digits", overrides={"output_dir": str(tmp_path), "max_steps": 2, "checkpoint.best_metric": "eval/acc"}
+        )

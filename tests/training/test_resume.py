@@ -58,7 +58,12 @@ def run(folder: Path, overrides: dict, **options):
         {"data.num_workers": 2},
         {"gradient_accumulation_steps": 4},
         {"data.augment": ["shift", "affine"], "data.mixup_alpha": 0.2, "data.num_workers": 2},
-        {"gradient_accumulation_steps": 4, "data.augment": ["trivial_augment"], "data.num_workers": 2, "optim.name": "sgd"},
+        {
+            "gradient_accumulation_steps": 4,
+            "data.augment": ["trivial_augment"],
+            "data.num_workers": 2,
+            "optim.name": "sgd",
+        },
     ],
     ids=["plain", "workers", "accumulation", "augmented-workers", "all-sgd"],
 )

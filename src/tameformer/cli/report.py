@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
             parser.error(f"--out {options.out}: there is no folder {options.out.parent}; create it, or name another")
     except SystemExit as stop:
         return int(stop.code or 0)
-    from tameformer.report import write_comparison, write_report  # matplotlib: not for `--help`
+    from tameformer.report import write_comparison, write_report
 
     try:
         alone = len(options.runs) == 1

@@ -82,7 +82,7 @@ def sampled_entropy(
     Args:
         query: (batch, heads, query, head_dim).
         key: (batch, kv_heads, key, head_dim); fewer heads are shared by neighbouring query heads.
-        mask: Boolean, True = may attend, broadcastable to (batch, heads, query, key).
+        mask: Boolean, True = may attend, (batch, heads, query, key), where any axis may be 1.
         is_causal: Each query sees the keys up to its own position.
         scale: Factor on the dot product; None is 1/sqrt(head_dim).
         rows: How many rows at most.
@@ -93,18 +93,22 @@ def sampled_entropy(
     length, keys = query.shape[-2], key.shape[-2]
     chosen = stratified_rows(length, rows).to(query.device)
     factor = scale if scale is not None else query.shape[-1] ** -0.5
-    rows_of_query = query[0, :, chosen].float() * factor
-    keys_of_head = key[0].float().repeat_interleave(query.shape[1] // key.shape[1], dim=0)
-    logits = rows_of_query @ keys_of_head.transpose(-1, -2)
+    logits = (query[0, :, chosen].float() * factor) @ _expanded(key[0], query.shape[1]).float().mT
+    if mask is None and not is_causal:
+        return logits_entropy(logits).mean(-1), query.new_full((1,), math.log(keys), dtype=torch.float32)
     visible = torch.ones(1, len(chosen), keys, dtype=torch.bool, device=query.device)
     if is_causal:
-        visible = visible & (torch.arange(keys, device=query.device) <= chosen[:, None])
+        visible = torch.arange(keys, device=query.device) <= chosen[None, :, None]
     if mask is not None:
-        first = mask.expand(*(mask.shape[0], query.shape[1], length, keys))[0] if mask.ndim == 4 else mask
-        visible = visible & (first[..., chosen, :] if first.shape[-2] == length else first)
+        first = mask[0]
+        visible = visible & (first[:, chosen] if first.shape[-2] == length else first)
     counts = visible.sum(-1)
-    counted = (counts > 0).float()
-    total = counted.expand(logits.shape[:-1]).sum(-1)
-    entropy = torch.where(counts > 0, logits_entropy(logits, visible), 0.0).sum(-1) / total
-    ceiling = (counts.clamp(min=1).log() * counted).sum() / counted.sum()
+    seen = counts > 0
+    entropy = torch.where(seen, logits_entropy(logits, visible), 0.0).sum(-1) / seen.expand(logits.shape[:-1]).sum(-1)
+    ceiling = counts.clamp(min=1).log().sum() / seen.sum()
     return entropy, ceiling.reshape(1)
+
+
+def _expanded(key: Tensor, heads: int) -> Tensor:
+    """Each of the shared key heads once for every query head that uses it."""
+    return key if key.shape[0] == heads else key.repeat_interleave(heads // key.shape[0], dim=0)

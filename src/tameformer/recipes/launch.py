@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from tameformer import config as configuration
+from tameformer import report
 from tameformer.errors import CheckpointError, ConfigError
 from tameformer.recipes.catalogue import Recipe, resolve, with_values
 from tameformer.record import CONFIG, ENVIRONMENT, LOG, RunWriter, write_atomically
-from tameformer.report import write_report
 from tameformer.training import CheckpointFolder, Engine, Listener, Listeners, Loop, Run, StopRequest
 from tameformer.training import checkpoint as checkpoints_on_disk
 from tameformer.training.environment import environment
@@ -112,7 +112,7 @@ def launch(recipe: Recipe, *, resume: str = "never", listeners: Sequence[Listene
         finally:
             listener.on_train_end(loop.step)
             if engine.is_main:
-                write_report(folder)
+                report.write_report(folder)
     interrupted = outcome.status == "running"
     return Result(folder, outcome.step, not interrupted, outcome.metrics, stop.exit_code if interrupted else 0)
 

@@ -39,6 +39,15 @@ class Engine:
         # Buffers are not broadcast: they are functions of the parameters or constants, equal on all ranks already.
         return cast(nn.Module, self._accelerator.prepare_model(model))
 
+    def seed(self, value: int) -> None:
+        """Seed what this process draws on its device, and on the CPU.
+
+        The generators are asked directly: `torch.manual_seed` spends 0.1 ms on devices that are not used.
+        """
+        torch.default_generator.manual_seed(value)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(value)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision of forward passes."""
         if self.autocast_dtype is None:

@@ -129,7 +129,7 @@ class Loop:
 
     def _prepare_step(self) -> None:
         """Set what is random in the step, and the rates, from the step's number alone: that is all a resume needs."""
-        torch.manual_seed(_mix(self.run.seed, self.step, self.engine.rank))
+        self.engine.seed(_mix(self.run.seed, self.step, self.engine.rank))
         factor = self.run.schedule(self.step)
         for optimizer in self.run.optimizers:
             for group in optimizer.param_groups:

@@ -9,26 +9,25 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def logits_entropy(logits: Float[Tensor, "*rows key"], visible: Bool[Tensor, "*#rows key"]) -> Float[Tensor, "*rows"]:
+def logits_entropy(
+    logits: Float[Tensor, "*rows key"], visible: Bool[Tensor, "*#rows key"] | None = None
+) -> Float[Tensor, "*rows"]:
     """Shannon entropy of softmax(logits) over the visible keys, in nats; NaN where no key is visible.
 
-    Computed as log Z - sum e^(s-m) (s-m) / Z with m the row's maximum, which never turns negative, also where the logits
-    are in the hundreds: there the textbook form cancels.
+    A sum of -p ln p has no negative terms and nothing to cancel, so that it is exact to rounding also where the logits
+    are in the hundreds; the log-sum-exp form is not.
 
     Args:
         logits: Attention scores after scaling, before softmax; float32 or wider.
-        visible: True where the query may attend.
+        visible: True where the query may attend; None is everywhere.
 
     Example:
-        >>> logits_entropy(torch.zeros(2, 4), torch.ones(1, 4, dtype=torch.bool)).exp()
+        >>> logits_entropy(torch.zeros(2, 4)).exp()
         tensor([4., 4.])
     """
-    hidden = ~visible
-    shifted = logits.masked_fill(hidden, -torch.inf)
-    shifted = shifted - shifted.amax(-1, keepdim=True)
-    powers = shifted.exp()
-    total = powers.sum(-1)
-    return total.log() - (powers * shifted.masked_fill(hidden, 0.0)).sum(-1) / total
+    if visible is not None:
+        logits = logits.masked_fill(~visible, -torch.inf)
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
 def stratified_rows(length: int, count: int) -> Int[Tensor, " rows"]:
