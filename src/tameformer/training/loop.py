@@ -243,7 +243,9 @@ class Loop:
             message = (
                 f"stopped early after step {self.step}: {best.metric} was best at step {best.best_step} ({best.best})"
             )
-        self.listener.on_event(self.step, "finish", message, {})
+        seconds = time.process_time()
+        details = {"processor_seconds": seconds}
+        self.listener.on_event(self.step, "finish", f"{message}; {seconds:.1f} s of processor time so far", details)
 
     def _save_before_stopping(self) -> None:
         """Save, unless this step is saved already, and read the checkpoint back: nobody is there to try again."""
