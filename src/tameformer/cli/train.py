@@ -44,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     name = given.pop(0) if given and not given[0].startswith("-") else None
 
+    # From here on torch is needed; the usage above is shown without it.
     from tameformer.errors import ConfigError, NonFiniteError, TameError
     from tameformer.recipes import catalogue
 
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str]) -> int:
             print(recipe.to_yaml(), end="")
             return 0
         return _dry_run(recipe) if own.dry_run else _train(recipe, own.resume)
+    except KeyboardInterrupt:  # before the loop took over: nothing has been trained yet
+        return 130
     except ConfigError as error:
         return _fail(error, 2)
     except NonFiniteError as error:
@@ -71,6 +74,8 @@ def _own_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _train(recipe, resume: str) -> int:
+    import torch
+
     from tameformer.cli.progress import Progress
     from tameformer.recipes.launch import launch
 
@@ -80,6 +85,8 @@ def _train(recipe, resume: str) -> int:
     result = launch(recipe, resume=resume, listeners=[progress])
     if int(os.environ.get("RANK", "0")) == 0:
         progress.conclude(result.folder, result.metrics, finished=result.finished)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     return result.exit_code
 
 

@@ -87,10 +87,6 @@ class Engine:
         """Return when all processes have come here."""
         self._accelerator.wait_for_everyone()
 
-    def close(self) -> None:
-        """Leave the process group, so that the interpreter ends without a warning."""
-        self._accelerator.end_training()
-
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
