@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tameformer.optim import clip_norm
+from tameformer.optim.clipping import _clip_norm_on_device
 
 
 def parameters_with(gradients):
@@ -47,3 +48,15 @@ def test_without_a_bound_nothing_is_changed_and_without_gradients_the_norm_is_ze
     assert clip_norm(parameters, None) == 50.0
     assert torch.equal(parameters[0].grad, torch.tensor([30.0, 40.0]))
     assert clip_norm([nn.Parameter(torch.zeros(2))], 1.0) == 0.0
+
+
+def test_the_path_for_devices_does_the_same():
+    gradients = [torch.randn(4, 4), torch.randn(7)]
+    on_cpu, on_device = parameters_with(gradients), parameters_with(gradients)
+    norm = _clip_norm_on_device([parameter.grad for parameter in on_device], 0.5)
+    torch.testing.assert_close(clip_norm(on_cpu, 0.5), norm)
+    for one, other in zip(on_cpu, on_device, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7)
+    bad = [torch.tensor([torch.nan]), torch.ones(1)]
+    assert _clip_norm_on_device(bad, 0.5).isnan()
+    assert bad[1] == 1.0

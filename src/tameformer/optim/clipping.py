@@ -31,20 +31,27 @@ def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Ten
         (tensor(5.), tensor([0.6000, 0.8000]))
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    # Only tensors that live on one device in one piece have foreach kernels that are worth it; torch chooses for the rest.
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True if _plain(gradients) else None)
-    if hasattr(norm, "full_tensor"):  # sharded gradients: the norm of the shards is not yet the norm
-        norm = norm.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
-    if max_norm is not None and gradients:
-        if norm.device.type == "cpu":  # reading a number is free here, and most steps need no second pass
-            value = float(norm)
-            if max_norm < value < math.inf:
-                torch._foreach_mul_(gradients, max_norm / value)  # pyright: ignore[reportPrivateImportUsage]
-        else:
-            factor = torch.where(norm.isfinite(), (max_norm / norm).clamp(max=1.0), torch.ones_like(norm))
-            torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+    if not gradients or not _plain_on_cpu(gradients):
+        return _clip_norm_on_device(gradients, max_norm)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # pyright: ignore
+    value = norm.item()  # no device waits for this one, and most steps need no second pass over the gradients
+    if max_norm is not None and max_norm < value < math.inf:
+        torch._foreach_mul_(gradients, max_norm / value)  # pyright: ignore
     return norm
 
 
-def _plain(tensors: list[Tensor]) -> bool:
-    return all(type(tensor) is Tensor for tensor in tensors)
+def _clip_norm_on_device(gradients: list[Tensor], max_norm: float | None) -> Tensor:
+    """As `clip_norm`, without waiting for the device; also for gradients that are sharded over processes."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if hasattr(norm, "full_tensor"):  # the norm of the shards is not yet the norm
+        norm = norm.full_tensor()  # pyright: ignore
+    if max_norm is not None and gradients:
+        factor = torch.where(norm.isfinite(), (max_norm / norm).clamp(max=1.0), torch.ones_like(norm))
+        torch._foreach_mul_(gradients, factor)  # pyright: ignore
+    return norm
+
+
+def _plain_on_cpu(tensors: list[Tensor]) -> bool:
+    """Whether each is an ordinary tensor in this process's memory, all of one type."""
+    first = tensors[0].dtype
+    return all(type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.dtype == first for tensor in tensors)

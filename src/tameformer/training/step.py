@@ -56,16 +56,18 @@ def train_step(
         stop_requested: This process's wish to stop; the answer is common to all processes.
     """
     num_items, stops = engine.sum([sum(batch["num_items"] for batch in micro_batches), stop_requested])
-    loss_sum = torch.zeros((), device=engine.device)
+    # DDP averages gradients over processes; the factor world_size turns its mean into the sum that is meant.
+    scale = torch.full((), engine.world_size / num_items, device=engine.device)
+    losses: list[Tensor] = []
     for number, batch in enumerate(micro_batches, start=1):
         with engine.accumulate(model, last=number == len(micro_batches)):
             with engine.autocast():
                 batch_loss = loss(model, engine.place(batch))
-            # DDP averages gradients over processes; the factor world_size turns its mean into the sum that is meant.
-            (batch_loss * (engine.world_size / num_items)).backward()
-        loss_sum += batch_loss.detach()
+            batch_loss.backward(scale)
+        losses.append(batch_loss.detach())
     grad_norm = clip_norm((p for o in optimizers for group in o.param_groups for p in group["params"]), max_grad_norm)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    loss_sum = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
     return StepResult(loss_sum, num_items, grad_norm, bool(stops))
