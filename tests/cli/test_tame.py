@@ -190,6 +190,9 @@ def test_a_resume_into_another_configuration_is_refused_by_name(capsys):
     assert main(["train", *TINY, "--output_dir=run", "--resume=auto", "--optim.peak_lr=1e-4", "--max_steps=14"]) == 0
     drift = [event["message"] for event in RunReader(Path("run")).events() if event["kind"] == "config_drift"]
     assert any(sentence.startswith("optim.peak_lr was 0.002 and is 0.0001") for sentence in drift)
+    assert RunReader(Path("run")).log()[-1]["step"] == 14  # the run was made longer
+    assert main(["train", *TINY, "--output_dir=run", "--resume=auto", "--optim.peak_lr=1e-4"]) == 1
+    assert "is of step 14, beyond the run's end at step 12" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(capsys):

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,27 +86,20 @@ def launch(recipe: Recipe, *, resume: str = "never", listeners: Sequence[Listene
     run: Run = recipe.build(recipe.config, folder)
     recipe, timings = settle_precision(recipe, run, engine)
 
-    snapshot = checkpoints_on_disk.load(checkpoint) if checkpoint is not None else None
-    resume_step = snapshot.state["step"] if snapshot else None
-    told: list[Listener] = list(listeners) if engine.is_main else []
-    if engine.is_main:
-        folder.mkdir(parents=True, exist_ok=True)  # not earlier: what is refused leaves nothing behind
-        for name, text in run.artifacts.items():
-            write_atomically(folder / name, text)
-        write_atomically(folder / CONFIG, recipe.to_yaml())
-        described = environment(world_size=engine.world_size)
-        write_atomically(folder / ENVIRONMENT, json.dumps(described, indent=1, ensure_ascii=False) + "\n")
-        writer = RunWriter(folder, resume_step=resume_step)
-        told = [RecordListener(writer), TensorBoardListener(folder, resume_step=resume_step), *told]
-    with ExitStack() as stack:
-        listener = Listeners(*told)
-        stop = stack.enter_context(StopRequest())
+    listener = Listeners(*(listeners if engine.is_main else ()))
+    with StopRequest() as stop:
         loop = Loop(run, engine, CheckpointFolder(folder, keep_last=recipe.config.checkpoint.keep_last), listener, stop)
-        if snapshot is not None:
-            loop.restore(snapshot)
-        for kind, message, details in _opening_events(run, recipe, timings, checkpoint, skipped, drift):
-            listener.on_event(loop.step, kind, message, details)
+        if checkpoint is not None:
+            loop.restore(checkpoints_on_disk.load(checkpoint))
+        # Nothing was written until here: what is refused leaves the folder as it was.
+        if engine.is_main:
+            _write_head(folder, recipe, run, engine)
+            resume_step = None if checkpoint is None else loop.step
+            writer = RunWriter(folder, resume_step=resume_step)
+            listener.put_first(RecordListener(writer), TensorBoardListener(folder, resume_step=resume_step))
         try:
+            for kind, message, details in _opening_events(run, recipe, timings, checkpoint, skipped, drift):
+                listener.on_event(loop.step, kind, message, details)
             outcome = loop.train()
         finally:
             listener.on_train_end(loop.step)
@@ -115,6 +107,16 @@ def launch(recipe: Recipe, *, resume: str = "never", listeners: Sequence[Listene
                 report.write_report(folder)
     interrupted = outcome.status == "running"
     return Result(folder, outcome.step, not interrupted, outcome.metrics, stop.exit_code if interrupted else 0)
+
+
+def _write_head(folder: Path, recipe: Recipe, run: Run, engine: Engine) -> None:
+    """Write what is known before the first step: configuration, environment, tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in run.artifacts.items():
+        write_atomically(folder / name, text)
+    write_atomically(folder / CONFIG, recipe.to_yaml())
+    described = environment(world_size=engine.world_size)
+    write_atomically(folder / ENVIRONMENT, json.dumps(described, indent=1, ensure_ascii=False) + "\n")
 
 
 def choose_folder(recipe: Recipe, resume: str) -> Path:

@@ -43,7 +43,11 @@ class Listeners(Listener):
     """Tells several listeners, in order."""
 
     def __init__(self, *listeners: Listener) -> None:
-        self.listeners = listeners
+        self.listeners = list(listeners)
+
+    def put_first(self, *listeners: Listener) -> None:
+        """Tell these before those there are."""
+        self.listeners[:0] = listeners
 
     def on_train_begin(self, *, start_step: int, max_steps: int) -> None:
         for listener in self.listeners:

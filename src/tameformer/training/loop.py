@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tameformer.errors import NonFiniteError
+from tameformer.errors import CheckpointError, NonFiniteError
 from tameformer.training.checkpoint import (
     CheckpointFolder,
     Snapshot,
@@ -115,7 +115,9 @@ class Loop:
                         self.status = "early_stopped"
                     if self.status != "running" and run.test is not None:
                         self._measure(run.test, "test")
-                    self._save(best=is_best)
+                    every = run.checkpoint.every
+                    if every is None or is_best or self.status != "running" or self._every(every, self.step):
+                        self._save(best=is_best)
                     if self.status != "running":
                         self._tell_end()
                         break
@@ -283,6 +285,12 @@ class Loop:
         if self.average is not None:
             load_model_tensors(self.average, snapshot.average)
         self.step, self.status = snapshot.state["step"], snapshot.state["status"]
+        if self.status == "finished" and self.step < self.run.max_steps:
+            self.status = "running"  # the run was made longer
+        if self.step > self.run.max_steps:
+            raise CheckpointError(
+                f"the checkpoint is of step {self.step}, beyond the run's end at step {self.run.max_steps}; raise max_steps"
+            )
         self._saved_step = self.step
         self.selection = Selection(**snapshot.state["selection"])
         self.metrics = dict(snapshot.state["metrics"])
