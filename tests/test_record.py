@@ -64,7 +64,7 @@ def test_a_torn_last_line_is_passed_over_and_a_broken_one_is_named(tmp_path):
     (tmp_path / LOG).write_text('{"step": 1}\n{"step": 2')
     assert RunReader(tmp_path).log() == [{"step": 1}]
     (tmp_path / LOG).write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
-    with pytest.raises(RecordError, match="line 2 is not JSON"):
+    with pytest.raises(RecordError, match="line 2 is not a JSON object"):
         RunReader(tmp_path).log()
     assert cut_back(tmp_path / LOG, 5) == 1
     assert [line["step"] for line in RunReader(tmp_path).log()] == [1, 3]

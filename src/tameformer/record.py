@@ -185,6 +185,6 @@ class RunReader:
                     record = dict(json.loads(line))
                 except (ValueError, TypeError) as error:
                     if line.endswith("\n"):
-                        raise RecordError(f"{path}, line {number} is not JSON as a run writes it: {error}") from error
+                        raise RecordError(f"{path}, line {number} is not a JSON object; remove that line") from error
                     return  # the run is writing this line now, or was killed while it did
                 yield {key: decode_number(value) for key, value in record.items()}

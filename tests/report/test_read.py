@@ -70,7 +70,7 @@ def test_damaged_parts_become_remarks_and_a_torn_last_line_is_no_damage(tmp_path
 def test_a_damaged_log_is_refused_with_its_line(tmp_path, make_run):
     folder = make_run(tmp_path / "run", steps=0)
     (folder / "log.jsonl").write_text('{"step": 0}\nnonsense\n')
-    with pytest.raises(RecordError, match=r"log.jsonl, line 2 is not JSON"):
+    with pytest.raises(RecordError, match=r"log.jsonl, line 2 is not a JSON object"):
         read_run(folder)
     (folder / "log.jsonl").write_text("3\n")
     with pytest.raises(RecordError, match=r"not a JSON object; remove that line"):

@@ -133,14 +133,11 @@ def read_run(folder: Path) -> Run:
     def tolerant(name: str, read: Callable[[], Read], empty: Read) -> Read:
         try:
             return read()
-        except (RecordError, ValueError, OSError, AttributeError) as error:
+        except (RecordError, ValueError, OSError) as error:
             remarks.append(clean(f"{name} could not be read and is left out ({error})"))
             return empty
 
-    try:
-        lines = reader.log()
-    except AttributeError as error:
-        raise RecordError(f"{folder / 'log.jsonl'} holds a line that is not a JSON object; remove that line") from error
+    lines = reader.log()
     probes = tolerant(PROBES, reader.probes, [])
     events = tolerant(EVENTS, reader.events, [])
     environment = tolerant(ENVIRONMENT, reader.environment, {})
