@@ -102,7 +102,7 @@ def test_overfit_batches_learns_them_by_heart():
         (["train", "--peak_lr=3"], 2, "did you mean optim.peak_lr?"),
         (["train", "--optim.name=adan"], 2, "optim.name expects one of adamw, adam, radam, sgd, lars, muon, got adan"),
         (["train", "--model.num_heads=3"], 2, "heads"),
-        (["train", "--optim.warmup_steps=5000"], 2, "optim.warmup_steps is 5000, longer than the run of 440 steps"),
+        (["train", "--optim.warmup_steps=5000"], 2, "optim.warmup_steps is 5000, longer than the run of 308 steps"),
         (["train", "--data.batch_size=5000"], 1, "batch_size 5000 is larger than the data, which has 1437 samples"),
         (["train", "vit-digit"], 2, "there is no recipe vit-digit; did you mean vit-digits?"),
         (["train", "char-lm"], 2, "this recipe needs a text file: give --data.path PATH"),
