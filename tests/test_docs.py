@@ -43,7 +43,7 @@ def test_other_commands_of_the_readme_exist(words):
 def test_train_commands_of_the_readme_parse(words):
     _, rest = train_command._own_options(words[1:])
     name = rest.pop(0) if rest and not rest[0].startswith("-") else catalogue.DEFAULT
-    catalogue.parse(name, rest)
+    assert catalogue.parse(name, rest).name == Path(name).stem
 
 
 @pytest.mark.parametrize("name", sorted(catalogue.names()))
