@@ -1,7 +1,10 @@
 """Run folders as training leaves them, made from formulas; log and events are written by the real `RunWriter`."""
 
+import base64
+import io
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,7 @@ ENVIRONMENT = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_run():
     """`write_run`, for tests that cannot import a neighbour."""
     return write_run
@@ -99,3 +102,17 @@ def write_run(
     (folder / "config.yaml").write_text(CONFIG.format(layers=layers, seed=seed))
     (folder / "env.json").write_text(json.dumps(ENVIRONMENT))
     return folder
+
+
+@pytest.fixture(scope="session")
+def pixels():
+    """`picture`, for tests that cannot import a neighbour."""
+    return picture
+
+
+def picture(svg: str) -> np.ndarray:
+    """The colours of a heat map's first image, shape (rows, columns, 3)."""
+    from PIL import Image
+
+    found = re.findall(r'href="data:image/png;base64,\s*([^"]+)"', svg)
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(found[0]))).convert("RGB"))

@@ -1,5 +1,3 @@
-import base64
-import io
 import json
 import math
 import re
@@ -17,8 +15,9 @@ from tameformer.cli.report import main
 from tameformer.errors import RecordError
 from tameformer.record import RunWriter
 from tameformer.report import write_comparison, write_report
-from tameformer.report.charts import BUCKETS, heat_map, thin
-from tameformer.report.read import Probe, Series
+from tameformer.report.axes import BUCKETS, thin
+from tameformer.report.heat_map import heat_map
+from tameformer.report.read import Probe, Series, share_of
 
 viridis = colormaps["viridis"]
 HOSTILE = "<script>alert(1)<img src=x onerror=alert(2)>\"'&$x^2$\u8bed"
@@ -56,7 +55,8 @@ def test_a_finished_run_shows_every_figure_number_and_text(tmp_path, make_run):
     assert path == tmp_path / "digits" / "report.html"
     assert headings(html) == [
         "Loss", "Evaluation accuracy", "Learning rate", "Gradient norm", "Throughput, samples/s",
-        "Attention entropy, mean over heads, nats", "Attention entropy, share of its ceiling", "Time line",
+        "Attention entropy, mean over heads, nats", "Attention entropy, share of its ceiling, mean over heads",
+        "Attention entropy, nats, by head", "Time line",
     ]  # fmt: skip
     texts = page_of(path).texts
     for expected in (
@@ -69,7 +69,7 @@ def test_a_finished_run_shows_every_figure_number_and_text(tmp_path, make_run):
         "git.commit",
     ):
         assert any(expected in text for text in texts), expected
-    assert html.count("<svg") == html.count('role="img"') == html.count("aria-label") == 8
+    assert html.count("<svg") == html.count('role="img"') == html.count("aria-label") == 9
     assert "encoder.blocks.*.attention" in html
     assert html.count("<title>Learning rate</title>") == 1
     assert re.search(r"<text[^>]*>step</text>", html)  # text stays text
@@ -96,7 +96,8 @@ def test_a_diverged_run_marks_and_counts_what_is_not_finite(tmp_path, make_run):
     html = write_report(make_run(tmp_path / "run", nan_from=260, ending="stop")).read_text()
     assert "Diverged: the loss is not finite since step 260; it was stopped at step 400." in html
     assert html.count("not finite: 15, first at step 260") == 2  # loss and gradient norm
-    assert "not finite: 240, first at step 260" in html  # 15 steps of 16 heads
+    assert "not finite: 60, first at step 260" in html  # 15 steps of 4 layers
+    assert "not finite: 240<" in html  # 15 steps of 16 heads
     assert "nan" not in re.sub(r"<[^>]*>|finance", "", html).split()
 
 
@@ -136,10 +137,12 @@ def test_values_of_any_size_are_drawn_or_marked(tmp_path):
     writer.close()
     html = write_report(tmp_path / "run").read_text()
     assert "not finite or beyond 1e+30: 2, first at step 0" in html
-    assert headings(html)[-3:] == ["Norm", "Flat", "Lines"]
+    assert headings(html)[-5:] == [
+        "Norm, mean over heads", "Norm, by head", "Flat, mean over heads", "Flat, by head", "Lines",
+    ]  # fmt: skip
 
 
-def test_unknown_probes_are_drawn_as_lines_for_few_layers_and_as_a_map_for_heads(tmp_path):
+def test_every_probe_has_a_map_with_lines_beside_it_for_few_layers_and_panels_for_heads(tmp_path):
     writer = RunWriter(tmp_path / "run")
     for step in (0, 7, 50):  # uneven
         writer.log(step, {"train/loss": 1.0})
@@ -149,7 +152,11 @@ def test_unknown_probes_are_drawn_as_lines_for_few_layers_and_as_a_map_for_heads
     writer.close()
     html = write_report(tmp_path / "run").read_text()
     figures = dict(zip(headings(html), re.findall(r"<figure.*?</figure>", html, re.S), strict=True))
-    assert ["<image" in figures[name] for name in ("Update ratio", "Weight norm", "Logit max")] == [False, True, True]
+    assert {name: "<image" in figure for name, figure in figures.items() if name != "Loss"} == {
+        "Update to weight ratio": False, "Update to weight ratio, by layer": True,  # few layers: both
+        "Weight norm, by layer": True, "Logit max, mean over heads": True, "Logit max, by head": False,
+    }  # fmt: skip
+    assert list(figures)[1] == "Update to weight ratio"  # known ones first, in the table's order
 
 
 def test_everything_from_the_run_is_escaped(tmp_path, make_run):
@@ -294,19 +301,25 @@ frame.srcdoc = {page};
 </script></body>"""
 
 
-@pytest.mark.parametrize("width", [1280, 700, 400])
-def test_in_a_browser_figures_are_there_and_nothing_overflows(tmp_path, make_run, width):
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("no Chromium on this machine to look at the page with")
-    folder = make_run(tmp_path / ("a_very_long_run_name_without_any_space" * 3), layers=12, heads=4, nan_steps=(50,))
+@pytest.fixture(scope="module")
+def crowded_page(tmp_path_factory, make_run):
+    """A page with long names and texts and all its details open."""
+    folder = tmp_path_factory.mktemp("runs") / ("a_very_long_run_name_without_any_space" * 3)
+    make_run(folder, layers=12, heads=4, nan_steps=(50,))
     writer = RunWriter(folder, resume_step=400)
     writer.event(400, "stop_with_a_kind_that_is_very_long_indeed", "word" * 80)
     writer.close()
     (folder / "config.yaml").write_text("key: " + "x" * 400)
-    html = write_report(folder).read_text().replace("<details", "<details open")
+    return write_report(folder).read_text().replace("<details", "<details open")
+
+
+@pytest.mark.parametrize("width", [1280, 700, 400])
+def test_in_a_browser_figures_are_there_and_nothing_overflows(tmp_path, crowded_page, width):
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium on this machine to look at the page with")
     wrapper = tmp_path / "wrapper.html"
-    wrapper.write_text(WRAPPER.format(width=width, page=json.dumps(html).replace("</", "<\\/")))
+    wrapper.write_text(WRAPPER.format(width=width, page=json.dumps(crowded_page).replace("</", "<\\/")))
     command = [
         chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
         "--disable-background-networking", "--disable-component-update", f"--user-data-dir={tmp_path / 'profile'}",
@@ -316,7 +329,7 @@ def test_in_a_browser_figures_are_there_and_nothing_overflows(tmp_path, make_run
     found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.S)
     assert found is not None, done.stderr[-2000:]
     result = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
-    assert result["svgs"] == result["drawn"] == 8
+    assert result["svgs"] == result["drawn"] == 9
     assert result["page"] <= width
     assert result["wide"] == []
     assert result["texts"] == []
@@ -332,24 +345,16 @@ def test_thinning_keeps_the_extremes_and_the_ends():
     np.testing.assert_array_equal(few.values, values[few.steps])
 
 
-def pixels(svg: str) -> np.ndarray:
-    """The colours of a heat map's first image, shape (rows, columns, 3)."""
-    from PIL import Image
-
-    found = re.findall(r'href="data:image/png;base64,\s*([^"]+)"', svg)
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(found[0]))).convert("RGB"))
-
-
 def probe_of(values: np.ndarray, measured: np.ndarray | None = None) -> Probe:
     rows = tuple(("layer", head) for head in range(len(values)))
     steps = np.arange(values.shape[1]) * 10
     return Probe("p", rows, steps, values, np.ones(values.shape, dtype=bool) if measured is None else measured)
 
 
-def test_heat_map_colours_are_viridis_of_the_share_with_red_and_grey_for_no_value():
+def test_heat_map_colours_are_viridis_of_the_share_with_red_and_grey_for_no_value(pixels):
     values = np.array([[0.0, 1.0, 2.0, math.nan], [0.5, math.inf, 2.0, 0.0]])
     ceiling = np.array([[2.0, 2.0, 2.0, 2.0], [2.0, 2.0, 0.0, math.nan]])
-    chart = heat_map("t", probe_of(values), last_step=30, ceiling=ceiling)
+    chart = heat_map("t", share_of(probe_of(values), ceiling), last_step=30, share=True)
     red, grey = (193, 18, 31), (233, 236, 239)
     dark, middle, bright = [tuple(int(255 * x + 0.5) for x in viridis(share)[:3]) for share in (0.0, 32 / 63, 1.0)]
     quarter = tuple(int(255 * x + 0.5) for x in viridis(16 / 63)[:3])
@@ -361,16 +366,16 @@ def test_heat_map_colours_are_viridis_of_the_share_with_red_and_grey_for_no_valu
     ]
 
 
-def test_of_many_measurements_and_heads_the_lowest_stays_visible():
+def test_of_many_measurements_and_heads_the_lowest_stays_visible(pixels):
     values = np.ones((3000, 1000))
     values[1234, 567] = 0.01
     values[77, 8] = math.nan
-    chart = heat_map("t", probe_of(values), last_step=9990, ceiling=np.ones(values.shape), keep="lowest")
+    chart = heat_map("t", probe_of(values), last_step=9990, share=True, keep="lowest")
     shown = pixels(chart.svg)
-    assert shown.shape[:2] == (1000, 240)
-    assert [tuple(place) for place in np.argwhere(shown[:, :, 0] == 193)] == [(77 // 3, int(8.5 / 1000 * 240))]
+    assert shown.shape[:2] == (1000, 80)
+    assert [tuple(place) for place in np.argwhere(shown[:, :, 0] == 193)] == [(77 // 3, int(8.5 / 1000 * 80))]
     dark = np.argwhere((shown < 100).all(axis=2))
-    assert [tuple(place) for place in dark] == [(1234 // 3, int(567.5 / 1000 * 240))]
+    assert [tuple(place) for place in dark] == [(1234 // 3, int(567.5 / 1000 * 80))]
     assert "Where several measurements fall into one cell, the lowest is drawn." in chart.caption
 
 

@@ -3,22 +3,20 @@ import math
 import numpy as np
 import pytest
 
+from tameformer.report.loss import smoothed
 from tameformer.report.read import Event, Run, Series, gather_probes
 from tameformer.report.verdict import (
     best,
     clipping,
     collapsed_attention,
-    direction,
     judge,
     loss_course,
     metric_course,
     non_finite,
-    number,
     over_fitting,
-    quantity,
     run_state,
-    smoothed,
 )
+from tameformer.report.wording import direction, number, quantity
 
 NAN, INF = math.nan, math.inf
 

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from tameformer.errors import RecordError
 from tameformer.record import CONFIG, ENVIRONMENT, EVENTS, PROBES, RunReader
 
 Read = TypeVar("Read")
+_NUMBERS = re.compile(r"[0-9]{1,18}")
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -57,7 +58,7 @@ class Probe:
 
     name: str
     rows: tuple[tuple[str, int | None], ...]
-    """Layer and head (None for a value of the whole layer), in the order first written, heads ascending."""
+    """Layer and head (None for a value of the whole layer), layers in `model_order`, heads ascending."""
     steps: np.ndarray
     """int64, shape (steps,), ascending and distinct."""
     values: np.ndarray
@@ -99,25 +100,36 @@ class Run:
     def ceiling(self, probe: Probe) -> np.ndarray | None:
         """The largest value each entry of `probe` can take, shape (rows, steps); None when the run does not say.
 
-        Written by probes as `diag/<probe>_max/<layer>`; the last one known at a step counts, NaN before the first.
+        Written by probes as `diag/<probe>_max/<layer>`.
         """
-        bound = self.probes.get(f"{probe.name}_max")
-        if bound is None:
+        return self.companion(probe, f"{probe.name}_max")
+
+    def companion(self, probe: Probe, name: str) -> np.ndarray | None:
+        """Another probe's values in the places of `probe`, shape (rows, steps); None when the run has not measured it.
+
+        A row without heads stands for all heads of its layer; the last value known at a step counts, NaN before the
+        first.
+        """
+        other = self.probes.get(name)
+        if other is None:
             return None
-        index = {row: number for number, row in enumerate(bound.rows)}
-        ceilings = np.full(probe.values.shape, np.nan)
+        index = {row: number for number, row in enumerate(other.rows)}
+        values = np.full(probe.values.shape, np.nan)
         for row, (layer, head) in enumerate(probe.rows):
             source = index.get((layer, head), index.get((layer, None)))
-            known = bound.series(source).finite if source is not None else None
+            known = other.series(source).finite if source is not None else None
             if known is not None and len(known):
                 at = np.searchsorted(known.steps, probe.steps, side="right") - 1
-                ceilings[row] = np.where(at >= 0, known.values[np.maximum(at, 0)], np.nan)
-        return ceilings
+                values[row] = np.where(at >= 0, known.values[np.maximum(at, 0)], np.nan)
+        return values
 
     def drawn_probes(self) -> list[Probe]:
-        """The probes that deserve a chart: all but those that are only another one's ceiling."""
+        """The probes that deserve a chart: all but those that are only another one's ceiling or lower bound."""
+        names = self.probes.keys()
         return [
-            probe for name, probe in self.probes.items() if name.removesuffix("_max") not in self.probes.keys() - {name}
+            probe
+            for name, probe in self.probes.items()
+            if not any(name.endswith(end) and name.removesuffix(end) in names for end in ("_max", "_bound"))
         ]
 
 
@@ -211,6 +223,30 @@ def parse_probe_key(key: str) -> tuple[str, str, int | None] | None:
     return parts[1], "/".join(parts[2 : -1 if has_head else None]), int(parts[-1]) if has_head else None
 
 
+def share_of(probe: Probe, ceiling: np.ndarray) -> Probe:
+    """The probe as share of its largest possible value, shape (rows, steps); not measured where there is none."""
+    measured = probe.measured & ((ceiling > 0) | ~np.isfinite(probe.values))
+    return replace(probe, values=probe.values / np.where(ceiling > 0, ceiling, np.nan), measured=measured)
+
+
+def model_order(layers: Iterable[str]) -> list[str]:
+    """The layers, each once, in the order first seen, where those that differ in their numbers only count upwards.
+
+    Example:
+        >>> model_order(["embed", "blocks.10", "blocks.2", "head", "blocks.2"])
+        ['embed', 'blocks.2', 'blocks.10', 'head']
+    """
+    found = list(dict.fromkeys(layers))
+    families: dict[str, list[str]] = {}
+    for layer in found:
+        families.setdefault(_NUMBERS.sub("#", layer), []).append(layer)
+    counted = {
+        family: iter(sorted(members, key=lambda layer: [int(text) for text in _NUMBERS.findall(layer)]))
+        for family, members in families.items()
+    }
+    return [next(counted[_NUMBERS.sub("#", layer)]) for layer in found]
+
+
 def _is_number(value: Any) -> bool:
     if isinstance(value, int) and not isinstance(value, bool):
         return abs(value) < 2**1000  # a larger one overflows a float
@@ -227,7 +263,7 @@ def _series(points: dict[int, float]) -> Series:
 
 
 def _probe(name: str, cells: dict[tuple[str, int | None], dict[int, float]]) -> Probe:
-    order = {layer: number for number, layer in enumerate(dict.fromkeys(layer for layer, _ in cells))}
+    order = {layer: number for number, layer in enumerate(model_order([layer for layer, _ in cells]))}
     rows = sorted(cells, key=lambda row: (order[row[0]], -1 if row[1] is None else row[1]))
     steps = np.array(sorted({step for points in cells.values() for step in points}), dtype=np.int64)
     column = {step: number for number, step in enumerate(steps.tolist())}

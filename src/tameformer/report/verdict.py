@@ -1,21 +1,21 @@
 """What a run's record says, in words: pure functions of what was logged, each finding with its step and its number."""
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from tameformer.report.read import Probe, Run, Series
+from tameformer.report.loss import Departure, departure, smoothed
+from tameformer.report.quantities import quantity_of
+from tameformer.report.read import Probe, Run, Series, share_of
+from tameformer.report.trouble import COLLAPSE, COLLAPSED, first_trouble, onsets
+from tameformer.report.wording import direction, label, listed, number, quantity
 
 Level = Literal["good", "note", "bad"]
 State = Literal["empty", "unfinished", "finished", "stopped", "diverged"]
 
-COLLAPSED = 0.1  # share of its ceiling below which a head's attention counts as collapsed onto few keys
+MOST_LAYERS = 4  # with collapsed heads that are told one by one
 ALWAYS_CLIPPED = 0.9  # clip rate above which the threshold, not the gradient, sets the length of every update
-_NAMES = {"train/lr": "Learning rate", "train/grad_norm": "Gradient norm", "train/clip_rate": "Share of steps clipped"}
-_LOWER_IS_BETTER = re.compile(r"loss|perplexity|error|(^|_)(wer|cer|ppl|mae|mse|rmse)($|_)")
-_HIGHER_IS_BETTER = re.compile(r"accuracy|bleu|chrf|precision|recall|(^|_)(f1|auc|map|acc|r2)($|_)")
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,11 @@ class Verdict:
 def judge(run: Run) -> Verdict:
     """The verdict on a run, from its log, probes and events alone."""
     state, headline = run_state(run)
+    trouble = first_trouble(run)
     findings = [
+        Finding(trouble.level, trouble.text) if trouble is not None and trouble.probe != "train/loss" else None,
         non_finite(run.log),
+        non_finite_probes(run.probes),
         loss_course(run.log.get("train/loss"), diverged=state == "diverged"),
         *(metric_course(key, series) for key, series in run.log.items() if is_metric(key)),
         *(test_result(key, series) for key, series in run.log.items() if key.startswith("test/")),
@@ -94,7 +97,26 @@ def non_finite(log: dict[str, Series]) -> Finding | None:
     keys = [key for key, steps in hit.items() if steps[0] == first]
     count = sum(len(steps) for steps in hit.values())
     values = "value is" if count == 1 else "values are"
-    return Finding("bad", f"{count:,} logged {values} not finite, first at step {first:,} ({_enumerate(keys)}).")
+    return Finding("bad", f"{count:,} logged {values} not finite, first at step {first:,} ({listed(keys)}).")
+
+
+def non_finite_probes(probes: dict[str, Probe]) -> Finding | None:
+    """How many probed values are NaN or infinite, and where the first was; quotients may be, see `Quantity.quotient`."""
+    found = []
+    for name, probe in probes.items():
+        broken = probe.measured & ~np.isfinite(probe.values)
+        if broken.any() and not quantity_of(name).quotient:
+            column = int(np.flatnonzero(broken.any(axis=0))[0])
+            layer, head = probe.rows[int(np.flatnonzero(broken[:, column])[0])]
+            where = layer if head is None else f"{layer}, head {head}"
+            found.append((int(probe.steps[column]), f"{quantity_of(name).title.lower()} in {where}", int(broken.sum())))
+    if not found:
+        return None
+    step, where, _ = min(found, key=lambda it: it[0])
+    count = sum(it[2] for it in found)
+    return Finding(
+        "note", f"{count:,} probed value{'s are' if count > 1 else ' is'} not finite, first at step {step:,} ({where})."
+    )
 
 
 def loss_course(loss: Series | None, *, diverged: bool = False) -> Finding | None:
@@ -121,17 +143,6 @@ def loss_course(loss: Series | None, *, diverged: bool = False) -> Finding | Non
 def is_metric(key: str) -> bool:
     """Whether the key is an evaluation metric."""
     return key.startswith("eval/")
-
-
-def direction(key: str) -> Literal["lower", "higher"] | None:
-    """Which way the metric gets better; None when its name does not tell.
-
-    Example:
-        >>> direction("eval/loss"), direction("eval/bleu"), direction("eval/gate")
-        ('lower', 'higher', None)
-    """
-    name = key.rsplit("/", 1)[-1].lower()
-    return "lower" if _LOWER_IS_BETTER.search(name) else "higher" if _HIGHER_IS_BETTER.search(name) else None
 
 
 def best(key: str, series: Series) -> tuple[int, float] | None:
@@ -192,7 +203,7 @@ def clipping(rate: Series | None) -> Finding | None:
 def collapsed_attention(run: Run) -> list[Finding]:
     """A finding for each layer with heads whose entropy is below a tenth of its ceiling, up to the last measurement.
 
-    In a run whose loss broke, that is the trouble to look at. In one that learns, a few sharp heads are ordinary: a
+    In a run whose loss went, that is the trouble to look at. In one that learns, a few sharp heads are ordinary: a
     character model has heads that look at the character before and nowhere else.
     Non-finite entropies say nothing about collapse and are passed over; heads without a known ceiling are not judged.
     """
@@ -200,63 +211,23 @@ def collapsed_attention(run: Run) -> list[Finding]:
     ceilings = run.ceiling(probe) if probe is not None else None
     if probe is None or ceilings is None:
         return []
-    heads: dict[str, list[tuple[int | None, int]]] = {}
-    for row, (layer, head) in enumerate(probe.rows):
-        since = _collapsed_since(probe, ceilings, row)
-        if since is not None:
-            heads.setdefault(layer, []).append((head, since))
     loss = run.log.get("train/loss")
-    broken = loss.non_finite_steps.tolist() if loss is not None else []
-    level = "bad" if broken else "good"
-    return [Finding(level, _collapse(layer, found, broken[0] if broken else None)) for layer, found in heads.items()]
-
-
-def smoothed(series: Series) -> Series:
-    """Centred, triangular moving mean over about a fifteenth of the points, so no lag; short series as they are.
-
-    The values must be finite.
-    """
-    half = len(series) // 30
-    if len(series) < 12:
-        return series
-    kernel = np.bartlett(2 * max(1, half) + 3)
-    total = np.convolve(series.values, kernel, "same")
-    return Series(series.steps, total / np.convolve(np.ones(len(series)), kernel, "same"))
-
-
-def number(value: float) -> str:
-    """A number at four significant digits, thousands separated.
-
-    Example:
-        >>> number(0.00012345), number(1.5), number(123456.0), number(float("nan"))
-        ('0.0001234', '1.5', '123,456', 'NaN')
-    """
-    if not np.isfinite(value):
-        return "NaN" if np.isnan(value) else "\u221e" if value > 0 else "\u2212\u221e"
-    if 1000 <= abs(value) < 1e9:
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
-
-
-def quantity(key: str, value: float) -> str:
-    """A metric's value as people write it: accuracy in per cent, the rest as numbers."""
-    is_share = key.endswith("accuracy") and -1 <= value <= 1
-    return f"{100 * value:.2f} %" if is_share else number(value)
-
-
-def label(key: str) -> str:
-    """A key in words.
-
-    Example:
-        >>> label("eval/perplexity_per_byte"), label("train/grad_norm")
-        ('Evaluation perplexity per byte', 'Gradient norm')
-    """
-    group, _, name = key.partition("/")
-    words = {"eval": "evaluation", "train": "training", "perf": ""}.get(group, group)
-    if key in _NAMES:
-        return _NAMES[key]
-    text = f"{words} {(name or '').replace('_', ' ').replace('/', ' ')}".strip().replace("bleu", "BLEU")
-    return text[:1].upper() + text[1:]
+    gone = departure(loss) if loss is not None else None
+    shares = share_of(probe, ceilings).values
+    heads: dict[str, list[tuple[int | None, int]]] = {}
+    for onset in onsets(shares, probe.steps, COLLAPSE):
+        layer, head = probe.rows[onset.row]
+        still = shares[onset.row][np.isfinite(shares[onset.row])][-1] < COLLAPSED
+        if still and (gone is None or onset.step <= gone.step):  # what came after the loss went is no cause
+            heads.setdefault(layer, []).append((head, onset.step))
+    level: Level = "good" if gone is None else "note" if gone.back is not None else "bad"
+    first = sorted(heads, key=lambda layer: min(since for _, since in heads[layer]))
+    findings = [Finding(level, _collapse(layer, heads[layer], gone)) for layer in first[:MOST_LAYERS]]
+    if left := first[MOST_LAYERS:]:
+        layers = "another layer" if len(left) == 1 else f"{len(left):,} more layers"
+        count = sum(len(heads[layer]) for layer in left)
+        findings.append(Finding(level, f"The same holds for {count:,} head{'s' * (count > 1)} in {layers}."))
+    return findings
 
 
 def _planned(run: Run) -> str:
@@ -268,28 +239,12 @@ def _planned(run: Run) -> str:
     return ""
 
 
-def _collapsed_since(probe: Probe, ceilings: np.ndarray, row: int) -> int | None:
-    """The first step of the unbroken stretch below the mark that reaches the last finite measurement."""
-    known = np.isfinite(probe.values[row]) & (ceilings[row] > 0)
-    low = (probe.values[row] < COLLAPSED * ceilings[row])[known]
-    if not len(low) or not low[-1]:
-        return None
-    healthy = np.flatnonzero(~low)
-    return int(probe.steps[known][healthy[-1] + 1 if len(healthy) else 0])
-
-
-def _collapse(layer: str, found: list[tuple[int | None, int]], broken: int | None) -> str:
+def _collapse(layer: str, found: list[tuple[int | None, int]], gone: Departure | None) -> str:
     first, last = min(since for _, since in found), max(since for _, since in found)
     names = [str(head) for head, _ in found if head is not None]
-    heads = f" head{'s' * (len(names) > 1)} {_enumerate(names)}" if names else ""
+    heads = f" head{'s' * (len(names) > 1)} {listed(names)}" if names else ""
     since = f"since step {first:,}" if first == last else f"since steps {first:,} to {last:,}"
-    before = f", {broken - first:,} steps before the loss broke" if broken is not None and broken > first else ""
+    before = f", {gone.step - first:,} steps before {gone.words}" if gone is not None and gone.step > first else ""
     where = f"{layer},{heads}" if heads else layer
-    meaning = "attention collapsed" if broken is not None else "sharp heads, no harm while the loss goes on falling"
+    meaning = "attention collapsed" if gone is not None else "sharp heads, no harm while the loss goes on falling"
     return f"Attention entropy in {where} is below a tenth of its ceiling {since}{before}: {meaning}."
-
-
-def _enumerate(words: list[str], limit: int = 6) -> str:
-    if len(words) > limit:
-        return f"{', '.join(words[:limit])} and {len(words) - limit} more"
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
