@@ -18,8 +18,10 @@ from subjects import TINY, mean_loss, random_windows, run_of, text_of
 from write_up import Table, parser, set_threads, write
 
 from tameformer.optim import clip_norm
+from tameformer.readings import Readings
 from tameformer.record import RunWriter
 from tameformer.training import CheckpointFolder, Engine, Listeners, Loop, StopRequest, train_step
+from tameformer.training.interval import Interval
 from tameformer.training.listeners import RecordListener, TensorBoardListener
 
 EVERY = 10
@@ -36,14 +38,19 @@ def parts(folder: Path, size, text) -> tuple[dict[str, tuple[Part, int]], Callab
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     batches = run.batches(start=0, stop=10**9, rank=0, world_size=1)
     micro = next(batches)
-    probe = run.probes[0]
+    watch = run.watch
+    assert watch is not None
     result = train_step(engine, model, run.optimizers, micro, run.loss, max_grad_norm=1.0)
     mean_loss(model, micro[0]["tokens"], micro[0]["targets"]).backward()
     gradients = [p.grad for p in parameters]
     for _ in range(EVERY):
         loop.interval.add(result)
-    values = {**loop.interval.line(*loop.interval.read(engine), max_grad_norm=1.0), "train/lr": 1e-3}
     plain = random_windows(text, size)
+
+    def read(interval: Interval) -> tuple[list[float], list[float]]:
+        return interval.on_host(Readings(interval.tensors(engine)).values())
+
+    values = {**loop.interval.line(*read(loop.interval), max_grad_norm=1.0), "train/lr": 1e-3}
     factor = torch.ones(())
 
     def forward_backward() -> None:
@@ -74,23 +81,22 @@ def parts(folder: Path, size, text) -> tuple[dict[str, tuple[Part, int]], Callab
         with ExitStack(), engine.accumulate(model, last=True), engine.autocast():
             pass
 
-    def watch() -> None:
-        with probe.watching():
+    def armed() -> None:
+        with watch.watching(EVERY):
             pass
 
     def watched_forward() -> None:
-        with torch.no_grad(), probe.watching():
+        with watch.watching(EVERY):
             model(micro[0]["tokens"])
 
     def unwatched_forward() -> None:
-        with torch.no_grad():
-            model(micro[0]["tokens"])
+        model(micro[0]["tokens"])
 
     def add_and_read() -> None:
-        loop.interval.clear()
+        interval = Interval()
         for _ in range(EVERY):
-            loop.interval.add(result)
-        loop.interval.read(engine)
+            interval.add(result)
+        read(interval)
 
     def rates() -> None:
         scale = run.schedule(0)
@@ -98,7 +104,7 @@ def parts(folder: Path, size, text) -> tuple[dict[str, tuple[Part, int]], Callab
             group["lr"] = group.setdefault("initial_lr", group["lr"]) * scale
 
     watched_forward()
-    measured = loop._read_probes()
+    measured = Readings(watch.read()).values()
     step_of_log = iter(range(10**9))
     timed: dict[str, tuple[Part, int]] = {
         "forward, backward (ours: sum, scaled)": (forward_backward, 1),
@@ -119,10 +125,10 @@ def parts(folder: Path, size, text) -> tuple[dict[str, tuple[Part, int]], Callab
         "zeros and adding the loss": (lambda: torch.zeros(()).add_(factor), 1),
         "loss.item() of the bare loop": (factor.item, 1),
         "Interval.add, and read / 10": (add_and_read, EVERY),
-        "probe: hooks on and off / 10": (watch, EVERY),
+        "watch: on and off / 10": (armed, EVERY),
         "forward with probe / 10": (watched_forward, EVERY),
         "forward without probe / 10": (unwatched_forward, EVERY),
-        "_read_probes / 10": (loop._read_probes, EVERY),
+        "reading the probes / 10": (lambda: Readings(watch.read()).values(), EVERY),
         "log.jsonl line / 10": (lambda: recorded.on_log(next(step_of_log), values), EVERY),
         "probes.jsonl line / 10": (lambda: recorded.on_probe(next(step_of_log), measured), EVERY),
         "TensorBoard line / 10": (lambda: board.on_log(next(step_of_log), values), EVERY),

@@ -314,7 +314,7 @@ def ours(
 
         chosen = PRECISIONS[precision]
         run.set_attention_dtype(chosen.attention_dtype)
-        run = replace(run, batches=in_turns, probes=run.probes if monitored else ())
+        run = replace(run, batches=in_turns, watch=run.watch if monitored else None)
         if compiled:
             run.model.compile()
         with tempfile.TemporaryDirectory() as name:

@@ -9,17 +9,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from tameformer.health import Diagnosis, Monitor, diagnose
+    from tameformer.nn.attention.entropy import attention_entropy
     from tameformer.recipes.launch import Result, train
 
 _HOMES = {
+    "Diagnosis": "tameformer.health",
+    "Monitor": "tameformer.health",
     "Result": "tameformer.recipes.launch",
+    "attention_entropy": "tameformer.nn.attention.entropy",
+    "diagnose": "tameformer.health",
     "train": "tameformer.recipes.launch",
 }
-__all__ = ["Result", "train"]
+__all__ = ["Diagnosis", "Monitor", "Result", "attention_entropy", "diagnose", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    # `tameformer.training` is the function: the package of the training loop keeps the same name one level down.
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__} has no attribute {name}")

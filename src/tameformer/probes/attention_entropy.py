@@ -1,114 +1,193 @@
-"""Attention entropy of every head of a model built from our layers, from a few query rows of one sequence.
+"""How widely each head spreads its attention, from a few query rows of a step (Zhai et al. 2023, arXiv:2303.06296, section 3).
 
-The rows are exact; the mean over them estimates the mean over all. At 32 rows the error of a head's mean is about 1.5 % of
-its size (measured on a 4-layer character model).
+Each row is exact: its logits are computed from queries and keys, in float32, whatever kernel the model uses. Only the mean
+over rows is an estimate, and its standard error is measured with it. One sequence and 32 rows cost less than 1 % of a step
+from 128 tokens up; the numbers are in `benchmarks/results/probes.md`.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
-from tameformer.nn.attention.dot_product import DotProductAttention
 from tameformer.nn.attention.entropy import logits_entropy, stratified_rows
+from tameformer.nn.attention.entropy_bounds import centred_logit_norm, entropy_lower_bound
+from tameformer.patch import AttentionCall
+from tameformer.probes.probe import Probe
 
-NAME = "diag/attention_entropy"
-CEILING = "diag/attention_entropy_max"
 
+class AttentionEntropy(Probe):
+    """Entropy, largest logit and entropy bound of every head, estimated from evenly spread query rows.
 
-class AttentionEntropy:
-    """Watches the attention calls of a model during a step.
+    `read` gives, a value a head, in nats unless said otherwise:
+
+    - `diag/attention_entropy/<layer>`: mean over the rows,
+    - `diag/attention_entropy_error/<layer>`: standard error of that mean, as an estimate of the mean over all queries,
+    - `diag/attention_entropy_min/<layer>`: the sharpest row,
+    - `diag/attention_entropy_bound/<layer>`: mean lower bound that the spread of the logits leaves,
+    - `diag/attention_logit_max/<layer>`: the largest logit in the rows, no unit,
+    - `diag/attention_entropy_max/<layer>`: one value a layer, the mean logarithm of the number of visible keys.
+
+    Queries that may attend to nothing, or not to their own position where queries and keys are equally many, are padding and
+    do not count. Where a layer calls attention several times in a forward pass, the first call counts.
 
     Args:
-        model: Its `DotProductAttention` modules are watched; the first call of each within the step counts.
-        rows: Query rows per head.
+        rows: Query rows of each sequence and head.
     """
 
-    def __init__(self, model: nn.Module, *, rows: int = 32) -> None:
+    def __init__(self, *, rows: int = 32) -> None:
         self.rows = rows
-        self._calls = {
-            name.rpartition(".")[0] or name: module
-            for name, module in model.named_modules()
-            if isinstance(module, DotProductAttention)
-        }
-        self._values: dict[str, Tensor] = {}
+        self._seen: dict[str, tuple[Tensor, Tensor | None, Tensor | None]] = {}
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Measure the step that runs inside; nothing is left on the model afterwards."""
-        self._values.clear()
-        with ExitStack() as hooks:
-            for name, module in self._calls.items():
-                hook = module.register_forward_pre_hook(partial(self._measure, name), with_kwargs=True)
-                hooks.callback(hook.remove)
-            yield
+    def on_begin(self) -> None:
+        """Forget the last step."""
+        self._seen.clear()
+
+    def on_attention(self, call: AttentionCall) -> None:
+        """Keep the logits of a few rows; they are evaluated together, because small operations cost their call."""
+        if call.layer not in self._seen:
+            self._seen[call.layer] = row_logits(call, self.rows)
 
     def read(self) -> Mapping[str, Tensor]:
-        """Entropy in nats by `diag/attention_entropy/<layer>`, one value a head, and the ceiling of each layer."""
-        return dict(self._values)
+        """The values of the last observed step, on the device."""
+        found: dict[str, dict[str, Tensor]] = {layer: {} for layer in self._seen}
+        for layers in _alike(self._seen):
+            logits, visible, counted = zip(*(self._seen[layer] for layer in layers), strict=True)
+            for name, values in row_statistics(_stack(logits), _stack(visible), _stack(counted)).items():
+                for layer, value in zip(layers, values.unbind(), strict=True):
+                    found[layer][f"diag/{name}/{layer}"] = value
+        return {key: value for values in found.values() for key, value in values.items()}
 
     def summary(self, values: Mapping[str, float]) -> Mapping[str, float]:
-        """The mean over all heads; NaN when one of them is NaN."""
-        heads = [value for key, value in values.items() if key.startswith(f"{NAME}/")]
+        """`train/attention_entropy`, the mean over all heads; NaN when one of them is NaN."""
+        heads = [value for key, value in values.items() if key.startswith("diag/attention_entropy/")]
         return {"train/attention_entropy": math.fsum(heads) / len(heads)} if heads else {}
 
-    @torch.no_grad()
-    def _measure(self, name: str, module: DotProductAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if f"{NAME}/{name}" in self._values:
-            return
-        query, key = args[0], args[1]
-        with torch.autocast(query.device.type, enabled=False):
-            entropy, ceiling = sampled_entropy(
-                query[:1],
-                key[:1],
-                mask=kwargs.get("mask"),
-                is_causal=kwargs.get("is_causal", False),
-                scale=module.scale,
-                rows=self.rows,
-            )
-        self._values[f"{NAME}/{name}"] = entropy
-        self._values[f"{CEILING}/{name}"] = ceiling
 
-
-def sampled_entropy(
-    query: Tensor, key: Tensor, *, mask: Tensor | None, is_causal: bool, scale: float | None, rows: int
-) -> tuple[Tensor, Tensor]:
-    """Mean entropy of each head over evenly spread query rows of the first sequence, and the mean log of visible keys.
-
-    Args:
-        query: (batch, heads, query, head_dim).
-        key: (batch, kv_heads, key, head_dim); fewer heads are shared by neighbouring query heads.
-        mask: Boolean, True = may attend, (batch, heads, query, key), where any axis may be 1.
-        is_causal: Each query sees the keys up to its own position.
-        scale: Factor on the dot product; None is 1/sqrt(head_dim).
-        rows: How many rows at most.
+def row_logits(call: AttentionCall, rows: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The logits of evenly spread query rows, each sequence with its own rows.
 
     Returns:
-        Entropy in nats, (heads,), and the ceiling, (1,); rows without a visible key do not count.
+        Logits, float32, (batch, heads, rows, key); which keys are visible, broadcasting to that, None for all; which rows
+        are real queries, (batch, 1 or heads, rows), None for all.
     """
-    length, keys = query.shape[-2], key.shape[-2]
-    chosen = stratified_rows(length, rows).to(query.device)
-    factor = scale if scale is not None else query.shape[-1] ** -0.5
-    logits = (query[0, :, chosen].float() * factor) @ _expanded(key[0], query.shape[1]).float().mT
-    if mask is None and not is_causal:
-        return logits_entropy(logits).mean(-1), query.new_full((1,), math.log(keys), dtype=torch.float32)
-    visible = torch.ones(1, len(chosen), keys, dtype=torch.bool, device=query.device)
-    if is_causal:
-        visible = torch.arange(keys, device=query.device) <= chosen[None, :, None]
-    if mask is not None:
-        first = mask[0]
-        visible = visible & (first[:, chosen] if first.shape[-2] == length else first)
-    counts = visible.sum(-1)
-    seen = counts > 0
-    entropy = torch.where(seen, logits_entropy(logits, visible), 0.0).sum(-1) / seen.expand(logits.shape[:-1]).sum(-1)
-    ceiling = counts.clamp(min=1).log().sum() / seen.sum()
-    return entropy, ceiling.reshape(1)
+    source = call.query if call.query is not None else call.logits
+    assert source is not None
+    batch, length = source.shape[0], source.shape[2]
+    chosen = _spread(batch, length, rows, source.device)
+    if call.logits is not None:
+        logits = _take(call.logits, chosen).float()
+        visible = logits > torch.finfo(call.logits.dtype).min / 2
+        return logits, visible, _real(visible, chosen, length)
+    assert call.query is not None
+    assert call.key is not None
+    keys = call.key.shape[2]
+    scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
+    logits = _scores(_take(call.query, chosen).float() * scale, call.key.float())
+    visible = None
+    if call.is_causal:
+        visible = (torch.arange(keys, device=source.device) <= chosen[..., None])[:, None]
+    if call.mask is not None:
+        mask = _take(call.mask.expand(batch, -1, -1, -1), chosen) if call.mask.shape[2] > 1 else call.mask
+        if mask.dtype == torch.bool:
+            visible = mask if visible is None else visible & mask
+        else:
+            logits = logits + mask.float()
+            allowed = mask > torch.finfo(mask.dtype).min / 2
+            visible = allowed if visible is None else visible & allowed
+    if visible is not None:
+        visible = visible.expand(batch, -1, chosen.shape[-1], keys)
+    return logits, visible, None if visible is None else _real(visible, chosen, length)
 
 
-def _expanded(key: Tensor, heads: int) -> Tensor:
-    """Each of the shared key heads once for every query head that uses it."""
-    return key if key.shape[0] == heads else key.repeat_interleave(heads // key.shape[0], dim=0)
+def row_statistics(
+    logits: Float[Tensor, "layers batch heads rows key"],
+    visible: Bool[Tensor, "layers #batch #heads rows key"] | None = None,
+    counted: Bool[Tensor, "layers #batch #heads rows"] | None = None,
+) -> dict[str, Tensor]:
+    """What `AttentionEntropy` measures, by its name, from rows of logits; (layers, heads) each, the ceiling (layers,).
+
+    Example:
+        >>> row_statistics(torch.zeros(1, 1, 1, 8, 4))["attention_entropy"]
+        tensor([[1.3863]])
+    """
+    entropy = logits_entropy(logits, visible)  # NaN where nothing is visible
+    shape, keys = entropy.shape, logits.shape[-1]
+    if visible is None:
+        sizes = torch.full(shape, keys, device=logits.device)
+        kept = torch.ones(shape, dtype=torch.bool, device=logits.device)
+        largest = logits.amax(-1)
+    else:
+        sizes = visible.sum(-1).expand(shape)
+        kept = (sizes > 0) if counted is None else (sizes > 0) & counted
+        largest = logits.masked_fill(~visible, -torch.inf).amax(-1)
+    bound = entropy_lower_bound(centred_logit_norm(logits, visible), sizes.clamp(min=1))
+    count = kept.sum((1, 3))
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(kept, values, 0.0).sum((1, 3)) / count
+
+    both = kept[..., 1:] & kept[..., :-1]
+    jumps = torch.where(both, entropy.diff(dim=-1), 0.0).square().sum((1, 3)) / (2 * both.sum((1, 3)).clamp(min=1))
+    nan = torch.where(count > 0, 0.0, torch.nan)
+    return {
+        "attention_entropy": mean(entropy),
+        # Neighbouring rows differ by noise more than by position: the variance of systematic samples.
+        "attention_entropy_error": (jumps / count).sqrt(),
+        "attention_entropy_min": _smallest(entropy, kept) + nan,
+        "attention_entropy_bound": mean(bound),
+        "attention_logit_max": -_smallest(-largest, kept) + nan,
+        "attention_entropy_max": (torch.where(kept, sizes.clamp(min=1).log(), 0.0).sum((1, 2, 3)) / count.sum(-1)),
+    }
+
+
+def _smallest(values: Tensor, kept: Tensor) -> Tensor:
+    return torch.where(kept, values, torch.inf).amin((1, 3))
+
+
+def _alike(seen: Mapping[str, tuple[Tensor, Tensor | None, Tensor | None]]) -> list[list[str]]:
+    """The layers in groups whose tensors can be stacked."""
+    groups: dict[object, list[str]] = {}
+    for layer, tensors in seen.items():
+        shapes = tuple(None if tensor is None else (tensor.shape, tensor.device) for tensor in tensors)
+        groups.setdefault(shapes, []).append(layer)
+    return list(groups.values())
+
+
+def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present) if present else None
+
+
+def _spread(batch: int, length: int, rows: int, device: torch.device) -> Int[Tensor, "batch rows"]:
+    """Evenly spread positions; with several sequences each starts a little further on."""
+    if batch == 1:
+        return stratified_rows(length, rows)[None].to(device)
+    count = min(length, rows)
+    shift = (torch.arange(batch, device=device)[:, None] + 0.5) / batch
+    return ((torch.arange(count, device=device) + shift) * (length / count)).long()
+
+
+def _take(tensor: Tensor, chosen: Int[Tensor, "batch rows"]) -> Tensor:
+    """The chosen positions of the third axis, each sequence its own."""
+    if chosen.shape[0] == 1:
+        return tensor[:, :, chosen[0]]
+    index = chosen[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+    return tensor.gather(2, index)
+
+
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    """Dot products; neighbouring query heads share a key head without a copy of it."""
+    batch, heads, rows, dim = query.shape
+    shared = query.reshape(batch, key.shape[1], heads // key.shape[1] * rows, dim)
+    return (shared @ key.mT).reshape(batch, heads, rows, -1)
+
+
+def _real(visible: Tensor, chosen: Tensor, length: int) -> Tensor | None:
+    """Where a query sees its own position: padding does not."""
+    if visible.shape[-1] != length:
+        return None
+    own = chosen[:, None, :, None].expand(visible.shape[0], visible.shape[1], -1, 1)
+    return visible.gather(-1, own).squeeze(-1)

@@ -11,7 +11,6 @@ from tameformer.data import FirstBatches, Plan, Source, stream
 from tameformer.errors import ConfigError
 from tameformer.nn.attention import set_compute_dtype
 from tameformer.optim import optimizers, schedule
-from tameformer.probes import AttentionEntropy
 from tameformer.recipes.config import RecipeConfig
 from tameformer.training import Run
 from tameformer.training.run import Evaluation
@@ -60,6 +59,8 @@ def assemble(
         rates = schedule(config.optim, total_steps=max_steps)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    # Everything outside the layers is an embedding, a stem or an output head.
+    updated_by = optimizers(model, config.optim, is_hidden=lambda name: ".layers." in name)
     return Run(
         model=model,
         loss=loss,
@@ -72,8 +73,7 @@ def assemble(
             pin_memory=torch.accelerator.is_available(),
         ),
         plan=plan,
-        # Everything outside the layers is an embedding, a stem or an output head.
-        optimizers=optimizers(model, config.optim, is_hidden=lambda name: ".layers." in name),
+        optimizers=updated_by,
         schedule=rates,
         max_steps=max_steps,
         unit=unit,
@@ -82,7 +82,7 @@ def assemble(
         evaluate=evaluate,
         test=test,
         artifacts=artifacts or {},
-        probes=[AttentionEntropy(model)],
+        watch=config.probes.watch(model, updated_by, last_step=max_steps),
         set_attention_dtype=partial(set_compute_dtype, model),
         seed=config.seed,
         loop=config.loop,

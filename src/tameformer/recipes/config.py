@@ -1,11 +1,55 @@
 """What all recipes are configured with; each task adds its `data` and `model` sections."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+from torch import nn
+from torch.optim import Optimizer
+
 from tameformer.optim import OptimConfig
+from tameformer.probes import PROBES, Watch
 from tameformer.training.checkpoint import CheckpointConfig
 from tameformer.training.run import LoopConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbesConfig:
+    """What is measured inside the model, and how often: steps from one measurement to the next, null for never."""
+
+    attention_entropy: int | None = 10
+    """Entropy, largest logit and entropy bound of each attention head."""
+    head_output: int | None = 50
+    """Output of each head relative to its layer's: a dead head is near 0."""
+    branch_share: int | None = 50
+    """Share of each residual branch in its sum."""
+    dead_units: int | None = 50
+    """Share of hidden units that stay silent."""
+    activations: int | None = 50
+    """RMS, largest value and kurtosis of each layer's output."""
+    rank_residual: int | None = 50
+    """Distance of the tokens from being one vector, and their mean cosine."""
+    spectral_norm: int | None = 50
+    """Largest singular value and stable rank of each weight."""
+    grad_norm: int | None = 50
+    """Norm of the gradient of each module."""
+    grad_rms_over_epsilon: int | None = 50
+    """Size of the gradient of each module relative to Adam's epsilon."""
+    update_ratio: int | None = 50
+    """Size of an update relative to the weight it changes."""
+    log_partition: int | None = 50
+    """Logarithm of the output softmax's denominator: how far the logits have drifted."""
+
+    def __post_init__(self) -> None:
+        for name, every in asdict(self).items():
+            if every is not None and every < 1:
+                raise ValueError(f"probes.{name} must be at least 1 step, or null for never, got {every}")
+
+    def watch(self, model: nn.Module, optimizers: Sequence[Optimizer], *, last_step: int) -> Watch:
+        """The probes on a model; all of them measure the last step of the run."""
+        chosen = {name: every for name, every in asdict(self).items() if every is not None}
+        probes = [(PROBES[name](model, optimizers), every) for name, every in chosen.items()]
+        return Watch(model, probes, optimizers=optimizers, last_step=last_step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +76,8 @@ class RecipeConfig:
     """Optimizer and schedule."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """Logging and evaluation."""
+    probes: ProbesConfig = field(default_factory=ProbesConfig)
+    """Measurements inside the model."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
 

@@ -20,7 +20,15 @@ from tameformer.training.listeners import RecordListener, TensorBoardListener
 from tameformer.training.precision import PRECISIONS, candidates, fastest
 
 # A resume may change these and still be the same run: they do not touch what is learned.
-_HARMLESS = ("output_dir", "precision", "loop.logging_steps", "loop.eval_steps", "checkpoint.", "data.num_workers")
+_HARMLESS = (
+    "output_dir",
+    "precision",
+    "probes.",
+    "loop.logging_steps",
+    "loop.eval_steps",
+    "checkpoint.",
+    "data.num_workers",
+)
 # These decide what the weights mean, or which samples a step sees; nothing learned so far would fit.
 _FUNDAMENTAL = ("task", "model.", "data.", "seed", "data_seed", "optim.name", "overfit_batches")
 

@@ -5,7 +5,7 @@ from tameformer.training.engine import Engine
 from tameformer.training.evaluate import mean_metrics
 from tameformer.training.events import Listener, Listeners
 from tameformer.training.loop import Loop, Outcome
-from tameformer.training.run import LoopConfig, Probe, Run
+from tameformer.training.run import LoopConfig, Run, Watch
 from tameformer.training.signals import StopRequest
 from tameformer.training.step import train_step
 
@@ -18,10 +18,10 @@ __all__ = [
     "Loop",
     "LoopConfig",
     "Outcome",
-    "Probe",
     "Run",
     "Snapshot",
     "StopRequest",
+    "Watch",
     "mean_metrics",
     "train_step",
 ]

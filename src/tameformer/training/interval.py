@@ -33,14 +33,14 @@ class Interval:
         self._norms.append(result.grad_norm)
         self._items.append(result.num_items)
 
-    def read(self, engine: Engine) -> tuple[list[float], list[float]]:
-        """Mean loss per target and gradient norm of each step, the same on all processes; the device is waited for once."""
-        if not self._items:
-            return [], []
-        losses = engine.sum_tensor(torch.stack(self._losses))
-        both = torch.cat([losses, torch.stack(self._norms).to(losses)]).tolist()
-        count = len(self._items)
-        return [loss / items for loss, items in zip(both[:count], self._items, strict=True)], both[count:]
+    def tensors(self, engine: Engine) -> dict[str, Tensor]:
+        """Loss, summed over all processes, and gradient norm of each step, on the device; nothing waits for it."""
+        return {"loss": engine.sum_tensor(torch.stack(self._losses)), "norm": torch.stack(self._norms)}
+
+    def on_host(self, numbers: Mapping[str, float]) -> tuple[list[float], list[float]]:
+        """Mean loss per target and gradient norm of each step, from `tensors` on the host by `loss/0`, `norm/0`, ..."""
+        losses = [numbers[f"loss/{index}"] / items for index, items in enumerate(self._items)]
+        return losses, [numbers[f"norm/{index}"] for index in range(len(self))]
 
     def line(self, losses: list[float], norms: list[float], *, max_grad_norm: float | None) -> dict[str, float]:
         """The measurements of the log: every target weighs the same; a non-finite step makes its mean non-finite."""
@@ -56,10 +56,6 @@ class Interval:
         if max_grad_norm is not None:
             values["train/clip_rate"] = sum(not norm <= max_grad_norm for norm in norms) / len(norms)
         return values
-
-    def clear(self) -> None:
-        """Begin the next interval."""
-        self.__init__()
 
     def state(self) -> dict[str, Any]:
         """This process's part, as plain numbers."""

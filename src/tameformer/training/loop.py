@@ -3,15 +3,15 @@
 import math
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tameformer.errors import CheckpointError, NonFiniteError
+from tameformer.readings import Readings
 from tameformer.training.checkpoint import (
     CheckpointFolder,
     Snapshot,
@@ -44,6 +44,19 @@ class Outcome:
     """The last value of every metric."""
 
 
+@dataclass(frozen=True)
+class _Line:
+    """Measurements of a step on their way to the log."""
+
+    step: int
+    epoch: float
+    interval: Interval
+    """The steps since the last line of the log; empty when only the inside of the model was measured."""
+    readings: Readings
+    rate: float
+    seconds: float
+
+
 class Loop:
     """One run's state while it trains.
 
@@ -70,6 +83,7 @@ class Loop:
             # Buffers are averaged, too: for Transformers they are constants.
             self.average = AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(run.ema_decay), use_buffers=True)
         self._saved_step: int | None = None
+        self._lines: list[_Line] = []
         self._last_line = time.perf_counter()
 
     def train(self) -> Outcome:
@@ -87,11 +101,10 @@ class Loop:
         self._last_line = time.perf_counter()
         with closing(cast(Any, stream)):
             for micro_batches in stream:
-                watched = self._every(run.loop.logging_steps, self.step + 1)
+                logged = self._every(run.loop.logging_steps, self.step + 1)
+                watch = run.watch if run.watch is not None and run.watch.due(self.step + 1) else None
                 self._prepare_step()
-                with ExitStack() as watching:
-                    for probe in run.probes if watched else ():
-                        watching.enter_context(probe.watching())
+                with nullcontext() if watch is None else watch.watching(self.step + 1):
                     result = train_step(
                         engine,
                         self.model,
@@ -101,12 +114,13 @@ class Loop:
                         max_grad_norm=run.max_grad_norm,
                         stop_requested=self.stop.signal_number is not None,
                     )
+                self._write_lines()  # the last step's numbers have come while this one was launched
                 self.step += 1
                 self.interval.add(result)
                 if self.average is not None:
                     self.average.update_parameters(run.model)
-                if watched:
-                    self._write_line()
+                if logged or watch is not None:
+                    self._begin_line(logged, {} if watch is None else watch.read())
                 if self._evaluation_due():
                     is_best = self._evaluate()
                     if self.step == run.max_steps:
@@ -126,6 +140,7 @@ class Loop:
                 if result.stop_requested:
                     self._save_before_stopping()
                     break
+        self._write_lines()
         listener.on_train_end(self.step)
         return Outcome(self.step, self.status, dict(self.metrics))
 
@@ -145,62 +160,64 @@ class Loop:
             return self._every(self.run.loop.eval_steps or 1, self.step)
         return self.run.plan.locate(self.step)[1] == 0
 
-    def _write_line(self) -> None:
-        """Write what was measured since the last line, and begin a new interval."""
-        losses, norms = self._finite_interval()
+    def _begin_line(self, logged: bool, measured: Mapping[str, Tensor]) -> None:
+        """Start moving what was measured to the host. A processor has it at once, an accelerator by the next step."""
+        interval, self.interval = (self.interval, Interval()) if logged else (Interval(), self.interval)
         now = time.perf_counter()
-        seconds, self._last_line = now - self._last_line, now
-        steps = len(self.interval)
-        values = {"epoch": self._epoch(), **self.interval.line(losses, norms, max_grad_norm=self.run.max_grad_norm)}
-        values["train/lr"] = max(group["lr"] for optimizer in self.run.optimizers for group in optimizer.param_groups)
-        measured = self._read_probes()
-        for probe in self.run.probes:
-            values |= probe.summary(measured)
-        values[f"perf/{self.run.unit}_per_second"] = self.interval.num_items / seconds
-        values["perf/step_seconds"] = seconds / steps
-        self.interval.clear()
-        self.metrics |= values
-        self.listener.on_log(self.step, values)
-        if measured:
-            self.listener.on_probe(self.step, measured)
+        seconds = now - self._last_line
+        if logged:
+            self._last_line = now
+        readings = Readings({**(interval.tensors(self.engine) if logged else {}), **measured})
+        rate = max(group["lr"] for optimizer in self.run.optimizers for group in optimizer.param_groups)
+        self._lines.append(_Line(self.step, self._epoch(), interval, readings, rate, seconds))
+        if self.engine.device.type == "cpu":
+            self._write_lines()
 
-    def _read_probes(self) -> dict[str, float]:
-        """All probes' values by key; vectors get the number of the head behind their key. One transfer for all."""
-        tensors = {key: tensor for probe in self.run.probes for key, tensor in probe.read().items()}
-        if not tensors:
-            return {}
-        numbers = iter(torch.cat([tensor.float() for tensor in tensors.values()]).tolist())
-        values: dict[str, float] = {}
-        for key, tensor in tensors.items():
-            if len(tensor) == 1 and key.rpartition("/")[0].endswith("_max"):
-                values[key] = next(numbers)
-            else:
-                values |= {f"{key}/{head}": next(numbers) for head in range(len(tensor))}
-        return values
-
-    def _finite_interval(self) -> tuple[list[float], list[float]]:
-        """The interval's losses and norms.
+    def _write_lines(self) -> None:
+        """Write the lines that were begun.
 
         Raises:
-            NonFiniteError: One of them is not finite; the first is named.
+            NonFiniteError: A loss or a gradient norm is not finite.
         """
-        losses, norms = self.interval.read(self.engine)
+        while self._lines:
+            line = self._lines.pop(0)
+            numbers = line.readings.values()
+            measured = {key: value for key, value in numbers.items() if key.startswith("diag/")}
+            if len(line.interval):
+                self._write_line(line, *line.interval.on_host(numbers), measured)
+            if measured:
+                self.listener.on_probe(line.step, measured)
+
+    def _write_line(
+        self, line: "_Line", losses: list[float], norms: list[float], measured: Mapping[str, float]
+    ) -> None:
+        run = self.run
+        values = {"epoch": line.epoch, **line.interval.line(losses, norms, max_grad_norm=run.max_grad_norm)}
+        self._require_finite(line.step, values, losses, norms)
+        values["train/lr"] = line.rate
+        if run.watch is not None:
+            values |= run.watch.summary(measured)
+        values[f"perf/{run.unit}_per_second"] = line.interval.num_items / line.seconds
+        values["perf/step_seconds"] = line.seconds / len(line.interval)
+        self.metrics |= values
+        self.listener.on_log(line.step, values)
+
+    def _require_finite(self, step: int, values: Mapping[str, float], losses: list[float], norms: list[float]) -> None:
         for offset, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                step = self.step - len(losses) + offset + 1
+                first = step - len(losses) + offset + 1
                 what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
                 message = (
-                    f"step {step}: {what}; the last checkpoint before it is untouched. "
+                    f"step {first}: {what}; the last checkpoint before it is untouched. "
                     f"Resume from it with a lower optim.peak_lr, or look at the data of this step"
                 )
-                line = self.interval.line(losses, norms, max_grad_norm=self.run.max_grad_norm)
-                self.listener.on_log(self.step, {"epoch": self._epoch(), **line})
-                self.listener.on_event(step, "non_finite", message, {"loss": loss, "grad_norm": norm})
+                self.listener.on_log(step, values)
+                self.listener.on_event(first, "non_finite", message, {"loss": loss, "grad_norm": norm})
                 raise NonFiniteError(message)
-        return losses, norms
 
     def _evaluate(self) -> bool:
         """Measure, tell, and return whether it is the best so far."""
+        self._write_lines()
         if self.run.evaluate is None:
             return False
         values = self._measure(self.run.evaluate, "eval")
@@ -225,7 +242,11 @@ class Loop:
     def _save(self, *, best: bool = False) -> None:
         """Publish a checkpoint, unless a value in it would not be finite; a full disk is an event, not an end."""
         started = time.perf_counter()
-        self._finite_interval()
+        self._write_lines()
+        if len(self.interval):
+            losses, norms = self.interval.on_host(Readings(self.interval.tensors(self.engine)).values())
+            values = self.interval.line(losses, norms, max_grad_norm=self.run.max_grad_norm)
+            self._require_finite(self.step, {"epoch": self._epoch(), **values}, losses, norms)
         snapshot = self.snapshot()
         self._saved_step = self.step
         if self.engine.is_main:

@@ -40,19 +40,23 @@ class Stream(Protocol):
 
 
 @runtime_checkable
-class Probe(Protocol):
-    """A quantity measured during a step, without changing it."""
+class Watch(Protocol):
+    """Measures inside the model in some of the steps, without changing any."""
 
-    def watching(self) -> AbstractContextManager[None]:
-        """Measure the step that runs inside."""
+    def due(self, step: int) -> bool:
+        """Whether something is measured in the step that is number `step`, counted from 1."""
+        ...
+
+    def watching(self, step: int) -> AbstractContextManager[None]:
+        """Measure that step, which runs inside."""
         ...
 
     def read(self) -> Mapping[str, Tensor]:
-        """What the last watched step gave: one-dimensional tensors on the device, by `diag/<probe>/<layer>`."""
+        """What the last watched step gave, on the device, by `diag/<quantity>/<layer>`; a vector has a value a head."""
         ...
 
     def summary(self, values: Mapping[str, float]) -> Mapping[str, float]:
-        """A few numbers for the log of the run, from the values on the host by `diag/<probe>/<layer>[/<head>]`."""
+        """A few numbers for the log of the run, from the values on the host by `diag/<quantity>/<layer>[/<head>]`."""
         ...
 
 
@@ -102,8 +106,8 @@ class Run:
     """Metrics during the run."""
     test: Evaluation | None = None
     """Metrics once, at the end, on data that decided nothing."""
-    probes: Sequence[Probe] = ()
-    """What is measured at each logged step."""
+    watch: Watch | None = None
+    """What is measured inside the model, and in which steps."""
     set_attention_dtype: Callable[[torch.dtype | None], object] = lambda dtype: None
     """Sets the precision inside attention where the model can."""
     artifacts: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,8 @@
+"""How a model is doing: measurements for anyone's loop and of single batches, and what they mean in words."""
+
+from tameformer.health.diagnose import diagnose
+from tameformer.health.diagnosis import Diagnosis
+from tameformer.health.monitor import Monitor
+from tameformer.health.verdicts import Verdict, judge
+
+__all__ = ["Diagnosis", "Monitor", "Verdict", "diagnose", "judge"]

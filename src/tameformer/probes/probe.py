@@ -1,0 +1,22 @@
+"""What a probe is: an observer that has something to read."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from tameformer.patch import Observer
+
+
+class Probe(Observer):
+    """An observer that has something to read."""
+
+    unseen: Mapping[str, str] = {}
+    """What it could not measure, and why, by name."""
+
+    def read(self) -> Mapping[str, Tensor]:
+        """What the last observed step gave, on the device, by `diag/<quantity>/<layer>`; a vector has a value a head."""
+        return {}
+
+    def summary(self, values: Mapping[str, float]) -> Mapping[str, float]:
+        """A few numbers for the run's log, from the values by `diag/<quantity>/<layer>[/<head>]`."""
+        return {}
