@@ -2,6 +2,19 @@
 
 from tameformer.patch.attention_calls import AttentionCall
 from tameformer.patch.blocks import blocks
+from tameformer.patch.handle import PatchHandle
 from tameformer.patch.observe import Observation, Observer, unwrapped
+from tameformer.patch.select import Selector, is_linear, named, select
 
-__all__ = ["AttentionCall", "Observation", "Observer", "blocks", "unwrapped"]
+__all__ = [
+    "AttentionCall",
+    "Observation",
+    "Observer",
+    "PatchHandle",
+    "Selector",
+    "blocks",
+    "is_linear",
+    "named",
+    "select",
+    "unwrapped",
+]
