@@ -40,7 +40,7 @@ def test_the_extremal_row_attains_the_bound(count, norm):
     row = torch.full((count,), -norm / math.sqrt(count * (count - 1)), dtype=torch.float64)
     row[0] = norm * math.sqrt((count - 1) / count)
     assert abs(logits_entropy(row) - entropy_lower_bound(norm, count)) <= 1e-12
-    assert centred_logit_norm(row).item() == pytest.approx(norm, abs=1e-12)
+    assert centred_logit_norm(row).item() == pytest.approx(norm, rel=1e-12, abs=1e-12)
 
 
 def test_the_bound_of_the_paper_from_spectral_norms_holds_and_is_looser():
