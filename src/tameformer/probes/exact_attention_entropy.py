@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from tameformer.nn.attention.entropy import attention_entropy, logits_entropy
+from tameformer.nn.attention.entropy import attention_entropy, centred_keys, logits_entropy
+from tameformer.nn.attention.logsumexp import entropy_from_logsumexp
 from tameformer.patch import AttentionCall
 from tameformer.probes.probe import Probe
 
@@ -50,7 +51,12 @@ def all_entropies(call: AttentionCall) -> Tensor:
         return logits_entropy(call.logits.float(), call.logits > lowest)
     assert call.query is not None
     assert call.key is not None
-    return attention_entropy(call.query, call.key, call.mask, call.is_causal, call.scale)
+    if call.query.device.type == "cpu" or call.mask is not None:
+        return attention_entropy(call.query, call.key, call.mask, call.is_causal, call.scale)
+    # On an accelerator the choice between its two ways would wait for the device.
+    scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
+    keys = centred_keys(call.key.float())
+    return entropy_from_logsumexp(call.query.float(), keys, is_causal=call.is_causal, scale=scale)
 
 
 def _unseeing(entropy: Tensor, call: AttentionCall) -> Tensor:
