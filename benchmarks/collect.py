@@ -18,6 +18,7 @@ SHOWN = (
     "eval/perplexity_per_byte",
     "test/bleu",
     "test/bleu_lowercased",
+    "test/bleu_tokenized",
 )
 
 

@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
 
 
 def commands() -> list[list[str]]:
@@ -27,11 +27,23 @@ def commands() -> list[list[str]]:
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (source,) = blocks("python")
-    exec(compile(source, "README.md", "exec"), {})
+    train, see = blocks("python")
+    exec(compile(train, "README.md", "exec"), {})
     accuracy, report = capsys.readouterr().out.split()
     assert float(accuracy) > 0.5
     assert Path(report).is_file()
+    exec(compile(see, "README.md", "exec"), {})
+    assert "Attention heads" in capsys.readouterr().out
+    assert (tmp_path / "runs/mine/probes.jsonl").is_file()
+
+
+@pytest.mark.parametrize("page", ["probes.md"])
+def test_the_python_of_the_documentation_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = blocks("python", (ROOT / "docs" / page).read_text(encoding="utf-8"))
+    assert found
+    for source in found:
+        exec(compile(source, page, "exec"), {})
 
 
 @pytest.mark.parametrize("words", [words for words in commands() if words[0] != "train"], ids=" ".join)
