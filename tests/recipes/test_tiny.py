@@ -61,8 +61,10 @@ METRICS = {
         "eval/perplexity",
         "eval/bleu",
         "eval/bleu_lowercased",
+        "eval/bleu_tokenized",
         "test/bleu",
         "test/bleu_lowercased",
+        "test/bleu_tokenized",
     },
     "vit": {"eval/loss", "eval/accuracy"},
 }
@@ -96,6 +98,14 @@ def test_learns_and_resumes_exactly(task, data, tmp_path):
 def test_the_tokenizer_stays_with_the_run(data, tmp_path):
     train("lm", overrides={**overrides("lm", data), "max_steps": 2, "output_dir": str(tmp_path)})
     assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["type"] == "BPE"
+
+
+def test_the_signatures_of_bleu_stay_with_the_run(data, tmp_path):
+    values = {**overrides("translation", data), "max_steps": 1, "decoding.eval_sentences": None}
+    metrics = train("translation", overrides={**values, "output_dir": str(tmp_path)}).metrics
+    signatures = json.loads((tmp_path / "bleu.json").read_text())
+    assert {key.removeprefix("test/") for key in metrics if key.startswith("test/")} == set(signatures) - {"words"}
+    assert "|case:mixed|eff:no|tok:13a|smooth:exp|version:" in signatures["bleu"]
 
 
 def test_best_checkpoint_and_early_stopping(tmp_path):

@@ -1,5 +1,6 @@
 """Translation with an encoder-decoder (Vaswani et al. 2017, "Attention is all you need", arXiv:1706.03762)."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +15,10 @@ from tameformer.data import SampleKeys, single_pass
 from tameformer.data.buckets import LengthSortedBatches, TokenBuckets
 from tameformer.data.pairs import PairSource, read_pairs, read_pairs_tsv, tokenized_pairs
 from tameformer.data.tokenizers import BPETokenizer, train_bpe
-from tameformer.errors import missing_extra
 from tameformer.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, encoder_decoder
 from tameformer.models.generate import beam_search, translation_steps
 from tameformer.recipes.assemble import assemble, require_path, seeded
+from tameformer.recipes.bleu import bleu_scores, bleu_signatures
 from tameformer.recipes.config import RecipeConfig
 from tameformer.training import Engine, Run, mean_metrics
 from tameformer.training.run import Evaluation
@@ -25,6 +26,7 @@ from tameformer.training.step import Batch
 
 Pairs = Sequence[tuple[str, str]]
 TOKENIZER = "tokenizer.json"
+SIGNATURES = "bleu.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +88,10 @@ class Config(RecipeConfig):
 
 
 def build(config: Config, folder: Path) -> Run:
-    """The run that the configuration describes; a tokenizer in the run folder is used again."""
+    """The run that the configuration describes; a tokenizer in the run folder is used again.
+
+    The folder gets the signatures of the BLEU scores, too.
+    """
     data = config.data
     pairs = read(data, require_path(data.path, "pairs (a .tsv file, or the prefix of two files)"))
     validation = read(data, require_path(data.validation_path, "pairs to evaluate on (--data.validation_path)"))
@@ -104,7 +109,11 @@ def build(config: Config, folder: Path) -> Run:
     )
     to_test = read(data, data.test_path) if data.test_path is not None else validation
     translated = partial(
-        translation_quality, tokenizer=tokenizer, decoding=config.decoding, max_tokens=data.eval_max_tokens
+        translation_quality,
+        tokenizer=tokenizer,
+        decoding=config.decoding,
+        max_tokens=data.eval_max_tokens,
+        language=data.target_language,
     )
     evaluate: Evaluation = partial(evaluate_loss, source=held_out, max_tokens=data.eval_max_tokens)
     if config.decoding.eval_sentences is not None:
@@ -124,7 +133,10 @@ def build(config: Config, folder: Path) -> Run:
         evaluate=evaluate,
         test=partial(translated, pairs=to_test),
         num_workers=data.num_workers,
-        artifacts={TOKENIZER: tokenizer.to_json()},
+        artifacts={
+            TOKENIZER: tokenizer.to_json(),
+            SIGNATURES: json.dumps(bleu_signatures(data.target_language), indent=1) + "\n",
+        },
     )
 
 
@@ -175,18 +187,11 @@ def translation_quality(
     tokenizer: BPETokenizer,
     decoding: DecodingConfig,
     max_tokens: int,
+    language: str,
 ) -> dict[str, float]:
-    """BLEU of the model's translations by sacreBLEU: cased and detokenized, and lower-cased.
-
-    References:
-        Post 2018, "A Call for Clarity in Reporting BLEU Scores", arXiv:1804.08771.
-    """
+    """BLEU of the model's translations, as `bleu_scores` has it."""
     translations = translate(engine, model, [source for source, _ in pairs], tokenizer, decoding, max_tokens)
-    references = [target for _, target in pairs]
-    return {
-        "bleu": bleu(translations, references).score,
-        "bleu_lowercased": bleu(translations, references, lowercase=True).score,
-    }
+    return bleu_scores(translations, [target for _, target in pairs], language=language)
 
 
 def translate(
@@ -219,20 +224,6 @@ def translate(
         texts = [tokenizer.decode(_until(row, tokenizer.end_id)) for row in tokens.cpu()]
         found += zip(keys.indices.tolist(), texts, strict=True)
     return [text for _, text in sorted(engine.gather(found))]
-
-
-def bleu(translations: Sequence[str], references: Sequence[str], *, lowercase: bool = False):
-    """SacreBLEU's corpus score with the tokenizer 13a; `.score` is in percent.
-
-    Example:
-        >>> round(bleu(["the cat sat on the mat"], ["the cat sat on the mat"]).score, 6)
-        100.0
-    """
-    try:
-        from sacrebleu.metrics.bleu import BLEU
-    except ImportError as error:
-        raise missing_extra("sacrebleu", "text") from error
-    return BLEU(lowercase=lowercase).corpus_score(list(translations), [list(references)])
 
 
 def _until(row: Tensor, end_id: int) -> list[int]:

@@ -60,6 +60,8 @@ class VisionDataConfig:
     """Share of the training images that is held out and evaluated instead of the test images, to choose settings."""
     augment: tuple[Augmentation, ...] = ()
     """Random changes of the training images, in order."""
+    shift_pixels: int | None = None
+    """Largest move of the augmentation `shift`, in pixels along each axis; null takes an eighth of the side."""
     mixup_alpha: float = 0.0
     """Mixing of two images and their labels, Beta(alpha, alpha); 0 is off."""
     cutmix_alpha: float = 0.0
@@ -70,6 +72,10 @@ class VisionDataConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction must lie in [0, 1), got {self.validation_fraction}")
+        if self.shift_pixels is not None and self.shift_pixels < 1:
+            raise ValueError(
+                f"data.shift_pixels must be at least 1, got {self.shift_pixels}; leave shift out of data.augment for none"
+            )
         if self.source == "digits" and self.path is not None:
             raise ValueError(
                 f"data.path is {self.path}, but data.source digits reads no file; set data.source to npz, folder or hub"
@@ -124,7 +130,8 @@ def sources(data: VisionDataConfig, seed: int) -> tuple[ImageSource, ImageSource
         train, held_out = train.hold_out(data.validation_fraction, seed=seed)
     else:
         held_out = read_split(data, data.test_split, like=train)
-    return replace(train, transforms=transforms(data.augment, min(train.image_shape[1:]))), held_out
+    side = min(train.image_shape[1:])
+    return replace(train, transforms=transforms(data.augment, side, shift_pixels=data.shift_pixels)), held_out
 
 
 def read_split(data: VisionDataConfig, split: str, like: Any = None) -> ImageSource:
@@ -138,10 +145,15 @@ def read_split(data: VisionDataConfig, split: str, like: Any = None) -> ImageSou
     return read(path, split, size=data.image_size, channels=data.channels, like=like)
 
 
-def transforms(names: tuple[Augmentation, ...], side: int) -> tuple[Transform, ...]:
-    """The random changes by name, in strengths that suit images of this side, in pixels."""
+def transforms(names: tuple[Augmentation, ...], side: int, *, shift_pixels: int | None = None) -> tuple[Transform, ...]:
+    """The random changes by name, in strengths that suit images of this side, in pixels.
+
+    Example:
+        >>> transforms(("shift",), 32)[0].pixels, transforms(("shift",), 32, shift_pixels=1)[0].pixels
+        (4, 1)
+    """
     known = {
-        "shift": RandomShift(pixels=max(1, side // 8)),
+        "shift": RandomShift(pixels=max(1, side // 8) if shift_pixels is None else shift_pixels),
         "flip": HorizontalFlip(),
         "affine": RandomAffine(),
         "erasing": RandomErasing(),
