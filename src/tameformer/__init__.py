@@ -27,6 +27,8 @@ __all__ = ["Diagnosis", "Monitor", "Result", "attention_entropy", "diagnose", "t
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
+    if name == "integrations":
+        return import_module("tameformer.integrations")
     raise AttributeError(f"module {__name__} has no attribute {name}")
 
 

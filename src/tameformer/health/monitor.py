@@ -35,7 +35,9 @@ class Monitor:
         probes: Probes with a cadence each; None takes `default_probes` at `every`.
         logging_steps: Steps from one line of `log.jsonl` to the next; None is `every`.
         start_step: Steps done before, when a run goes on in its folder; what was logged later is cut off.
-        trackers: Called with the step and the measurements of each line, such as `tame.trackers("wandb")`.
+        begins: The loop calls `begin` before each step; else a step begins where the last one ended.
+        trackers: Called with the step and the measurements of each line, such as
+            `tame.integrations.trackers.tracker("wandb")`.
 
     Raises:
         RecordError: The folder holds a run already, and `start_step` is 0.
@@ -63,6 +65,7 @@ class Monitor:
         probes: Sequence[tuple[Probe, int]] | None = None,
         logging_steps: int | None = None,
         start_step: int = 0,
+        begins: bool = False,
         trackers: Sequence[Tracker] = (),
     ) -> None:
         self.folder = Path(output_dir)
@@ -73,7 +76,7 @@ class Monitor:
             probes = [(probe, every) for probe in default_probes(model, self.optimizers)]
         self.watch = Watch(model, probes, optimizers=self.optimizers)
         self._is_main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-        self._armed, self._is_armed = ExitStack(), False
+        self._armed, self._is_armed, self._begins = ExitStack(), False, begins
         self._pending: list[tuple[int, bool, Readings, dict[str, float]]] = []
         self._on_device = next((parameter.device.type != "cpu" for parameter in model.parameters()), False)
         self._line_time, self._line_step = time.perf_counter(), start_step
@@ -87,7 +90,14 @@ class Monitor:
             self._writer = RunWriter(self.folder, resume_step=start_step or None)
             kind, message = ("resume", f"resumed after step {start_step}") if start_step else ("start", "started")
             self._writer.event(start_step, kind, message)
-            self._arm()
+            if not begins:
+                self.begin()
+
+    def begin(self) -> None:
+        """Say that a step begins, where `begins` is set: nothing is on the model between `step` and here."""
+        if self._writer is not None and not self._is_armed and self.watch.due(self.steps_done + 1):
+            self._armed.enter_context(self.watch.watching(self.steps_done + 1))
+            self._is_armed = True
 
     def step(self, loss: Tensor | float | None = None, **metrics: Tensor | float) -> None:
         """Say that an optimizer step is done; call it after `optimizer.step()`.
@@ -106,16 +116,18 @@ class Monitor:
         measured = self.watch.read() if was_armed else {}
         if logged or measured:
             self._begin_line(logged, measured, {"loss": loss, **metrics})
-        if was_armed and self.watch.observation.seen_a_pass and not self._told_unseen:
+        if was_armed and not self._told_unseen:
             self._tell_unseen()
-        self._arm()
+        if not self._begins:
+            self.begin()
+
+    def log(self, **metrics: float) -> None:
+        """Log what is known of the training only after `step`, by its name: `loss=0.3` becomes `train/loss`."""
+        self._log("train", metrics)
 
     def evaluate(self, **metrics: float) -> None:
         """Log metrics on held-out data, by their names: `loss=0.3` becomes `eval/loss`."""
-        if self._writer is not None:
-            values = {f"eval/{name}": float(value) for name, value in metrics.items()}
-            self._writer.log(self.steps_done, values)
-            self._track(self.steps_done, values)
+        self._log("eval", metrics)
 
     def detach(self) -> None:
         """Take everything off the model and the optimizer; the monitor stays usable for `evaluate` and `close`."""
@@ -144,11 +156,6 @@ class Monitor:
             self._writer = None
         self.close()
 
-    def _arm(self) -> None:
-        if self.watch.due(self.steps_done + 1):
-            self._armed.enter_context(self.watch.watching(self.steps_done + 1))
-            self._is_armed = True
-
     def _disarm(self) -> None:
         self._is_armed = False
         self._armed.close()
@@ -160,7 +167,9 @@ class Monitor:
             f"train/{name}": value.detach().reshape(()) for name, value in metrics.items() if isinstance(value, Tensor)
         }
         numbers = {f"train/{name}": float(value) for name, value in metrics.items() if isinstance(value, (int, float))}
-        numbers["train/lr"] = max(float(group["lr"]) for each in self.optimizers for group in each.param_groups)
+        numbers.setdefault(
+            "train/lr", max(float(group["lr"]) for each in self.optimizers for group in each.param_groups)
+        )
         if logged:
             now = time.perf_counter()
             numbers["perf/step_seconds"] = (now - self._line_time) / (self.steps_done - self._line_step)
@@ -182,6 +191,12 @@ class Monitor:
                 line |= {**self.watch.summary(measured), **numbers}
                 self._writer.log(step, line)
                 self._track(step, line)
+
+    def _log(self, group: str, metrics: Mapping[str, float]) -> None:
+        if self._writer is not None:
+            values = {f"{group}/{name}": float(value) for name, value in metrics.items()}
+            self._writer.log(self.steps_done, values)
+            self._track(self.steps_done, values)
 
     def _track(self, step: int, values: Mapping[str, float]) -> None:
         for tracker in self.trackers:

@@ -2,6 +2,10 @@
 
 from importlib import import_module
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tameformer.integrations import lightning, trackers, transformers
 
 __all__ = ["lightning", "trackers", "transformers"]
 

@@ -139,17 +139,32 @@ class Observation:
             return
         told: set[str] = set()  # an optimizer that steps twice in a step is told of once
 
-        def gradients(*_: Any) -> None:
+        def gradients() -> None:
             if "gradients" not in told:
                 told.add("gradients")
                 self._tell("on_gradients")
+
+        def before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+            in_place = args[1] if len(args) > 1 else None
+            closure = kwargs.get("closure", in_place)
+            if closure is None:
+                gradients()
+                return None
+
+            def then_gradients() -> Any:  # the gradients come with the closure
+                loss = closure()
+                gradients()
+                return loss
+
+            args = args if in_place is None else (args[0], then_gradients, *args[2:])
+            return args, kwargs if in_place is not None else {**kwargs, "closure": then_gradients}
 
         def update(*_: Any) -> None:
             if "update" not in told:
                 told.add("update")
                 self._tell("on_update")
 
-        yield self.optimizers[0], gradients, type(self.optimizers[0]).register_step_pre_hook
+        yield self.optimizers[0], before, type(self.optimizers[0]).register_step_pre_hook
         yield self.optimizers[-1], update, type(self.optimizers[-1]).register_step_post_hook
 
     @torch.no_grad()

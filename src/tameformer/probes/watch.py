@@ -62,8 +62,12 @@ class Watch:
 
     def unseen(self) -> list[str]:
         """What no probe could see, by name, with the reason where there is one."""
+        if not self.observation.seen_a_pass:
+            kind = type(self.observation.model).__name__
+            return [f"anything: no forward pass of {kind} was seen; give the module that the training calls"]
         reasons = [f"{name}: {why}" for probe, _ in self.probes for name, why in probe.unseen.items()]
-        return [f"{name}: no call of attention was seen" for name in self.observation.unseen()] + reasons
+        silent = [f"{name}: no call of attention was seen" for name in self.observation.unseen()]
+        return silent + list(dict.fromkeys(reasons))  # probes of the same weight may say the same
 
     def _is_due(self, every: int, step: int) -> bool:
         return step % every == 0 or step == self.last_step

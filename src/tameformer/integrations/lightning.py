@@ -1,0 +1,187 @@
+"""The measurements of `Monitor` in the Trainer of Lightning."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tameformer.errors import missing_extra
+from tameformer.health import Monitor
+from tameformer.health.monitor import Tracker
+from tameformer.integrations.monitored import monitored
+from tameformer.probes import Probe
+
+try:
+    from lightning.pytorch import Callback
+except ImportError:
+    try:
+        from pytorch_lightning import Callback
+    except ImportError as error:
+        raise missing_extra("lightning", "lightning") from error
+
+
+class TameCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
+    """Records what happens inside the model while Lightning trains it, and changes nothing about the training.
+
+    Works in the Trainers of `lightning` and of `pytorch_lightning`. A step is a batch after which an optimizer has stepped:
+    several batches where gradients are accumulated, one where several optimizers step by hand.
+
+    Args:
+        output_dir: The run folder; None is `tame` in the Trainer's `default_root_dir`, or `tame-2` where `tame` holds a run.
+        model: Name of the submodule of the LightningModule whose call is the forward pass, such as "model"; None takes the
+            only submodule with parameters, or the LightningModule itself where there are several.
+        every: Optimizer steps from one measurement to the next, and from one line of the log to the next.
+        probes: Probes with a cadence each; None takes `tameformer.probes.default_probes` at `every`.
+        trackers: Called with the step and the measurements of each line, see `tameformer.integrations.trackers`.
+
+    Raises:
+        RecordError: When training begins at step 0 and `output_dir` holds a run already.
+        ValueError: When training begins and there is no submodule of that name.
+
+    Example:
+        >>> TameCallback("runs/vit", model="net.encoder").model
+        'net.encoder'
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path | None = None,
+        *,
+        model: str | None = None,
+        every: int = 10,
+        probes: Sequence[tuple[Probe, int]] | None = None,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
+        self.output_dir, self.model, self.every, self.probes = output_dir, model, every, probes
+        self.trackers = tuple(trackers)
+        self.monitor: Monitor | None = None
+        """What does the work, from the beginning of training on."""
+        self.steps_done = 0
+        self._global_step = 0  # Lightning counts the steps of every optimizer
+        self._loss: Tensor | None = None
+        self._norms: list[Tensor] = []
+        self._rate = 0.0
+        self._before: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of steps, for checkpoints."""
+        return {"steps_done": self.steps_done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on after the steps of a checkpoint."""
+        self.steps_done = state_dict["steps_done"]
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Open the run folder, or continue it where a checkpoint is resumed."""
+        self._end(InterruptedError("training began anew"))
+        self._global_step = trainer.global_step
+        self.steps_done = (self.steps_done or self._global_step) if self._global_step else 0
+        self._forget()
+        self.monitor = monitored(
+            watched_module(pl_module, self.model),
+            trainer.optimizers,
+            output_dir=self.output_dir,
+            default_dir=Path(trainer.default_root_dir) / "tame",
+            start_step=self.steps_done,
+            every=self.every,
+            probes=self.probes,
+            trackers=self.trackers,
+        )
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Before the forward pass; the first one of a step is watched."""
+        if self.monitor is not None:
+            self.monitor.begin()
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
+        """The gradients are complete and not clipped yet, and the learning rate is the one of this step."""
+        if self.monitor is not None and (self.steps_done + 1) % self.monitor.logging_steps == 0:
+            self._norms.append(_gradient_norm(optimizer))
+            self._rate = max(self._rate, *(float(group["lr"]) for group in optimizer.param_groups))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """The batch is done, and with it the step if an optimizer has stepped."""
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):  # divided by the number of batches that are accumulated
+            self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        if trainer.global_step == self._global_step:
+            return
+        self._global_step = trainer.global_step
+        if self.monitor is not None:
+            metrics: dict[str, Any] = {}
+            if self._norms:
+                metrics = {"grad_norm": torch.linalg.vector_norm(torch.stack(self._norms)), "lr": self._rate}
+            self.monitor.step(loss=self._loss, **metrics)
+        self.steps_done += 1  # in every process, so that all take part in the next norm
+        self._forget()
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Remember the metrics so far: what is new at the end was measured here."""
+        self._before = dict(trainer.callback_metrics)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """The metrics of a validation during training; the sanity check is none."""
+        new = {name: value for name, value in trainer.callback_metrics.items() if self._before.get(name) is not value}
+        self._before = {}
+        if self.monitor is not None and new and not trainer.sanity_checking:
+            self.monitor.evaluate(**{validation_name(name): float(value) for name, value in new.items()})
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Write what is left and close the run folder."""
+        self._end(None)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Take everything off the model and say in the run folder why it ends."""
+        self._end(exception)
+
+    def _end(self, error: BaseException | None) -> None:
+        monitor, self.monitor = self.monitor, None
+        if monitor is not None:
+            monitor.__exit__(type(error) if error is not None else None, error, None)
+
+    def _forget(self) -> None:
+        self._loss, self._norms, self._rate = None, [], 0.0
+
+
+def watched_module(module: nn.Module, name: str | None) -> nn.Module:
+    """The submodule called `name`; for None the only one with parameters, or the module itself where there are several.
+
+    Lightning calls `training_step`, not the LightningModule, and a forward pass is seen where a module is called.
+
+    Raises:
+        ValueError: There is no submodule of that name.
+
+    Example:
+        >>> watched_module(nn.ModuleDict({"model": nn.Linear(2, 2), "loss": nn.MSELoss()}), None)
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+    if name is not None:
+        try:
+            return module.get_submodule(name)
+        except AttributeError as error:
+            names = ", ".join(child for child, _ in module.named_children())
+            raise ValueError(f"model must be a submodule of {type(module).__name__} ({names}), got {name!r}") from error
+    candidates = [child for child in module.children() if next(child.parameters(), None) is not None]
+    return candidates[0] if len(candidates) == 1 else module
+
+
+def validation_name(name: str) -> str:
+    """A metric's name without the word that says where it was measured.
+
+    Example:
+        >>> [validation_name(name) for name in ("val_loss", "valid/f1", "perplexity", "value")]
+        ['loss', 'f1', 'perplexity', 'value']
+    """
+    return re.sub("^(val|valid|validation|eval)[_/]", "", name)
+
+
+@torch.no_grad()
+def _gradient_norm(optimizer: Optimizer) -> Tensor:
+    """L2 norm of all gradients of the optimizer, a scalar on their device."""
+    gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # pyright: ignore
