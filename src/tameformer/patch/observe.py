@@ -59,6 +59,13 @@ _SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Te
 _NORMS = {F.layer_norm, F.rms_norm, torch.layer_norm, torch.rms_norm}
 _ACTIVATIONS = {F.relu, torch.relu, Tensor.relu, F.gelu, F.silu}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
+_KINDS = {
+    **dict.fromkeys(_SUMS, "sum"),
+    **dict.fromkeys(_NORMS, "norm"),
+    **dict.fromkeys(_ACTIVATIONS, "activation"),
+    **dict.fromkeys(_PRODUCTS, "product"),
+    **dict.fromkeys(READERS, "attention"),
+}
 
 
 class Observation:
@@ -258,18 +265,20 @@ class _Pass(TorchFunctionMode):
         undo.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kind = _KINDS.get(func)
+        if kind is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
-        if func in _SUMS:
+        if kind == "sum":
             return self._sum(func, args, kwargs)
-        reader = READERS.get(func)
-        if reader is not None:
-            return self._attention(reader, func, args, kwargs)
+        if kind == "attention":
+            return self._attention(READERS[func], func, args, kwargs)
         output = func(*args, **kwargs)
-        if func in _NORMS and args and id(args[0]) in self.sums:
+        if kind == "norm" and args and id(args[0]) in self.sums:
             self.stream[id(output)] = output  # post-norm: the stream goes on from the norm of the sum
-        elif func in _ACTIVATIONS:
+        elif kind == "activation":
             self._activation(self.running[-1], output)
-        elif func in _PRODUCTS and self.weights_shape is not None and args[0].shape == self.weights_shape:
+        elif kind == "product" and self.weights_shape is not None and args[0].shape == self.weights_shape:
             self.weights_shape = None
             self._tell("on_heads", self.running[-1], output[: self.observation.sequences].detach())
         return output
@@ -332,11 +341,14 @@ class _Pass(TorchFunctionMode):
             self._tell("on_activation", layer, output.detach())
 
     def _tell(self, event: str, *args: Any) -> None:
-        if event in self.wanted:
-            with torch.autocast(
-                args[-1].device.type if isinstance(args[-1], Tensor) else _device(args[-1]), enabled=False
-            ):
+        if event not in self.wanted:
+            return
+        device = args[-1].device.type if isinstance(args[-1], Tensor) else _device(args[-1])
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
                 self.observation._tell(event, *args)
+        else:
+            self.observation._tell(event, *args)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
