@@ -163,6 +163,24 @@ def test_attention_masks_of_torch_forbid_where_true():
     assert torch.equal(mask.expand(2, 2, 4, 4), weights > 0)
 
 
+def test_layers_that_put_the_sequence_first_are_told_batch_first():
+    first = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, 0.0), 2, enable_nested_tensor=False)
+    other = torch_encoder(False)
+    other.load_state_dict(first.state_dict())
+    x, seq_first, batch_first = torch.randn(3, 5, 16), Notes(), Notes()
+    with Observation(first, [seq_first]).watching():
+        first(x.transpose(0, 1))
+    with Observation(other, [batch_first]).watching():
+        other(x)
+    for mine, theirs in ((seq_first.blocks, batch_first.blocks), (seq_first.branches, batch_first.branches)):
+        for (name, *tensors), (other_name, *others) in zip(mine, theirs, strict=True):
+            assert name == other_name
+            assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(tensors, others, strict=True))
+    assert all(
+        a.shape == b.shape for (_, a), (_, b) in zip(seq_first.activations, batch_first.activations, strict=True)
+    )
+
+
 def test_only_the_first_sequences_are_handed_on():
     model, notes = encoder(EncoderConfig(dim=8, num_heads=2, num_layers=1, max_length=6), vocab_size=7), Notes()
     with Observation(model, [notes], sequences=2).watching():

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tameformer.models import DecoderConfig, decoder
 from tameformer.patch import Observation
-from tameformer.probes.dead_units import DeadUnits, dead_share, spread_rows
+from tameformer.probes.dead_units import DeadUnits, dead_share, spread_rows, stacked
 
 
 def share_by_loop(output):
@@ -47,6 +47,15 @@ def test_spread_rows_are_spread_over_sequences_and_positions(batch, seq, limit):
         assert math.gcd(spacing, seq) == 1
         # any neighbouring rows, as many as a sequence has tokens, stand at positions that are all different
         assert len(set((rows[:seq] % seq).tolist())) == len(rows[:seq])
+
+
+def test_layers_of_other_shapes_and_types_are_stacked_apart():
+    one, two, wide = torch.zeros(2), torch.ones(2), torch.ones(3)
+    parts = {"a": [one, wide], "b": [wide, wide], "c": [two, wide], "d": [one.double(), wide]}
+    found = {tuple(layers): tensors for layers, tensors in stacked(parts)}
+    assert list(found) == [("a", "c"), ("b",), ("d",)]
+    torch.testing.assert_close(found["a", "c"], [torch.stack([one, two]), torch.stack([wide, wide])])
+    assert not list(stacked({}))
 
 
 def test_no_limit_is_every_row_without_a_copy():

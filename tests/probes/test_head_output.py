@@ -49,7 +49,7 @@ def test_non_finite_entries_are_reported(bad):
 def test_a_head_closed_on_purpose_in_our_layers():
     torch.manual_seed(0)
     config = DecoderConfig(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, max_length=8)
-    model, probe, outputs = decoder(config, vocab_size=11), HeadOutput(), []
+    model, probe, few, outputs = decoder(config, vocab_size=11), HeadOutput(), HeadOutput(positions=3), []
     value = model.stack.layers[1].attention.branch.value
     with torch.no_grad():
         value.weight[:8] = 0.0  # values of the first key-value head, so of two query heads
@@ -57,11 +57,13 @@ def test_a_head_closed_on_purpose_in_our_layers():
     for module in model.modules():
         if isinstance(module, DotProductAttention):
             module.register_forward_hook(lambda module, args, output: outputs.append(output.detach()))
-    with Observation(model, [probe]).watching():
+    with Observation(model, [probe, few]).watching():
         model(torch.arange(16).reshape(2, 8) % 11)
     assert len(probe.read()) == len(outputs) == 2
     for index, output in enumerate(outputs):
-        found = probe.read()[f"diag/head_output/stack.layers.{index}.attention.branch"]
+        key = f"diag/head_output/stack.layers.{index}.attention.branch"
+        torch.testing.assert_close(few.read()[key], by_loop(output[:1, :, [0, 3, 6]]), rtol=1e-4, atol=1e-5)
+        found = probe.read()[key]
         torch.testing.assert_close(found, by_loop(output[:1]), rtol=1e-4, atol=1e-5)
     assert (found[:2] < 1e-4).all()
     assert (found[2:] > 0.5).all()

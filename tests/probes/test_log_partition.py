@@ -119,3 +119,12 @@ def test_a_few_tokens_stand_for_all_and_a_step_forgets_the_one_before():
     assert float(probe.read()[KEY]) == pytest.approx(expected, rel=1e-5)
     with observation.watching():
         assert not probe.read()
+
+
+def test_a_model_without_a_stream_after_one_whose_stream_was_as_wide():
+    probe, tokens = LogPartition(), torch.arange(16).reshape(2, 8) % 11
+    observed(encoder(EncoderConfig(dim=16, num_layers=1, num_heads=2), vocab_size=11), tokens, probe=probe)
+    assert probe.unseen
+    _, output = observed(nn.Linear(4, 16), torch.randn(3, 4), probe=probe)
+    assert not probe.unseen
+    assert float(probe.read()[KEY]) == pytest.approx(by_loop(output), rel=1e-5)

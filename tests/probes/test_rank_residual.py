@@ -131,6 +131,19 @@ def test_each_layer_of_a_model_is_measured(build):
             assert float(values[f"diag/token_cosine/{name}"]) == pytest.approx(sum(cosines[:count]) / count, abs=1e-6)
 
 
+def test_of_long_sequences_a_few_tokens_are_looked_at():
+    torch.manual_seed(0)
+    model, outputs = ours(), []
+    model.stack.layers[0].register_forward_hook(lambda module, args, output: outputs.append(output.detach()))
+    probe = RankResidual(tokens=3)
+    with Observation(model, [probe]).watching():
+        model(torch.arange(16).reshape(2, 8) * 5 % 11)
+    chosen = outputs[0][0, [0, 3, 6]]
+    values = {key: float(value) for key, value in probe.read().items()}
+    assert values["diag/rank_residual/stack.layers.0"] == pytest.approx(residual_by_loop(chosen), rel=1e-5)
+    assert values["diag/token_cosine/stack.layers.0"] == pytest.approx(cosine_by_loop(chosen), abs=1e-6)
+
+
 def test_a_single_token_gives_nothing_and_a_step_forgets_the_one_before():
     model, probe = ours(), RankResidual()
     observation = Observation(model, [probe])

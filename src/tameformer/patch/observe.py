@@ -96,6 +96,7 @@ class Observation:
         """Whether the present or last step had a forward pass that counts."""
         self._names = {module: name for name, module in self.model.named_modules()}
         self._blocks = {module: name for name, module in blocks(self.model).items()}
+        self._seq_first = {name for module, name in self._blocks.items() if _is_seq_first(module)}
         self._stateless = {module for module in self._names if next(module.parameters(), None) is None}
         self._pass: _Pass | None = None
         self._told = self.observers
@@ -306,7 +307,7 @@ class _Pass(TorchFunctionMode):
         if pair is None or places.count(True) != 1 or pair[0].shape != pair[1].shape:
             return func(*args, **kwargs)
         residual, branch = pair if places[0] else pair[::-1]
-        self._tell("on_branch", self._branch_name(), residual.detach(), branch.detach())
+        self._tell("on_branch", self._branch_name(), self._batch_first(residual), self._batch_first(branch))
         output = func(*args, **kwargs)
         self.stream[id(output)] = self.sums[id(output)] = output
         return output
@@ -328,26 +329,33 @@ class _Pass(TorchFunctionMode):
             self.stream[id(stream)] = stream
 
     def _leave_block(self, block: str, before: Tensor | None, output: Any) -> None:
+        after = _stream_out(output)
+        if before is not None and after is not None and before.shape == after.shape:
+            self._tell("on_block", block, self._batch_first(before), self._batch_first(after))
         self.block.pop()
         self.stream.clear()
         self.sums.clear()
-        after = _stream_out(output)
-        if before is not None and after is not None and before.shape == after.shape:
-            self._tell("on_block", block, before.detach(), after.detach())
 
     def _activation(self, layer: str, output: Tensor) -> None:
         if self.block and layer not in self.activated:
             self.activated.add(layer)
-            self._tell("on_activation", layer, output.detach())
+            self._tell("on_activation", layer, self._batch_first(output))
+
+    def _batch_first(self, tensor: Tensor) -> Tensor:
+        """(batch, seq, dim), whichever way round the present layer works."""
+        tensor = tensor.detach()
+        return tensor.transpose(0, 1) if self.block[-1] in self.observation._seq_first and tensor.dim() == 3 else tensor
 
     def _tell(self, event: str, *args: Any) -> None:
         if event not in self.wanted:
             return
         device = args[-1].device.type if isinstance(args[-1], Tensor) else _device(args[-1])
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                self.observation._tell(event, *args)
-        else:
+        with ExitStack() as inside:
+            inside.enter_context(
+                torch._C.DisableTorchFunction()
+            )  # else this mode would look at each of their operations
+            if torch.is_autocast_enabled(device):
+                inside.enter_context(torch.autocast(device, enabled=False))
             self.observation._tell(event, *args)
 
 
@@ -395,6 +403,11 @@ def _may_call(module: nn.Module) -> bool:
     """Whether the module may call other modules or attention: all but torch's own leaves."""
     is_leaf = next(module.children(), None) is None
     return not is_leaf or not type(module).__module__.startswith("torch.nn.modules")
+
+
+def _is_seq_first(block: nn.Module) -> bool:
+    """Whether a layer works on (seq, batch, dim), as torch's own do unless told otherwise."""
+    return any(isinstance(module, nn.MultiheadAttention) and not module.batch_first for module in block.modules())
 
 
 def _below(module: nn.Module) -> Iterator[nn.Module]:

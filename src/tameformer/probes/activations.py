@@ -5,45 +5,48 @@ RMS; they are what breaks low precision (Bondarenko et al. 2023, "Quantizable Tr
 He et al. 2024, arXiv:2405.19279).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tameformer.probes.dead_units import spread_rows, stacked
 from tameformer.probes.probe import Probe
+
+QUANTITIES = ("activation_rms", "activation_absmax", "activation_kurtosis")
 
 
 class Activations(Probe):
     """RMS, largest absolute value and kurtosis of the stream after each layer; no unit; about 0.1 ms a layer and step.
 
     `read` gives `diag/activation_rms/<block>`, `diag/activation_absmax/<block>` and `diag/activation_kurtosis/<block>`, over
-    all tokens of the sequences looked at, padding included. Where a layer runs several times in a pass, the first counts.
+    the tokens looked at, padding included. Where a layer runs several times in a pass, the first counts.
 
     Args:
-        sequences: How many sequences of a batch are looked at; None is all.
+        tokens: How many tokens of the batch are looked at, evenly spread, the first always among them; None is all.
     """
 
-    def __init__(self, *, sequences: int | None = 1) -> None:
-        self.sequences = sequences
-        self._values: dict[str, Tensor] = {}
+    def __init__(self, *, tokens: int | None = 128) -> None:
+        self.tokens = tokens
+        self._moments: dict[str, Sequence[Tensor]] = {}
 
     def on_begin(self) -> None:
         """Forget the last step."""
-        self._values.clear()
+        self._moments.clear()
 
     def on_block(self, block: str, input: Tensor, output: Tensor) -> None:
         """Measure what the layer gave."""
-        key = f"diag/activation_rms/{block}"
-        if key not in self._values:
-            rms, largest, kurtosis = activation_statistics(output[: self.sequences])
-            self._values[key] = rms
-            self._values[f"diag/activation_absmax/{block}"] = largest
-            self._values[f"diag/activation_kurtosis/{block}"] = kurtosis
+        if block not in self._moments:
+            self._moments[block] = _moments(spread_rows(output, self.tokens))
 
     def read(self) -> Mapping[str, Tensor]:
         """The values of the last observed step, on the device."""
-        return dict(self._values)
+        values = {}
+        for blocks, moments in stacked(self._moments):
+            for quantity, numbers in zip(QUANTITIES, _statistics(*moments), strict=True):
+                values |= {f"diag/{quantity}/{block}": number for block, number in zip(blocks, numbers, strict=True)}
+        return values
 
 
 def activation_statistics(
@@ -59,13 +62,20 @@ def activation_statistics(
         >>> [round(value.item(), 2) for value in activation_statistics(torch.tensor([-2.0, 2.0, -2.0, 2.0]))]
         [2.0, 2.0, 1.0]
     """
-    tiny = torch.finfo(torch.float32).tiny
+    return _statistics(*_moments(x))
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Largest absolute value; of x divided by it the mean and the second and fourth central moment."""
     x = x.float().flatten()
-    low, high = torch.aminmax(x)
-    largest = torch.maximum(-low, high)
-    scaled = x / largest.clamp(min=tiny)  # the largest is 1: no fourth power overflows
+    largest = x.abs().amax()
+    scaled = x / largest.clamp(min=torch.finfo(x.dtype).tiny)  # the largest is 1: no fourth power overflows
     mean = scaled.mean()
-    squares = scaled.sub_(mean).square_()
-    variance = squares.mean()
-    kurtosis = squares.dot(squares) / squares.numel() / variance.square().clamp(min=tiny)
-    return largest * (variance + mean.square()).sqrt(), largest, kurtosis
+    second = scaled.sub_(mean).dot(scaled) / x.numel()
+    squares = scaled.square_()
+    return largest, mean, second, squares.dot(squares) / x.numel()
+
+
+def _statistics(largest: Tensor, mean: Tensor, second: Tensor, fourth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    kurtosis = fourth / second.square().clamp(min=torch.finfo(second.dtype).tiny)
+    return largest * (second + mean.square()).sqrt(), largest, kurtosis

@@ -7,12 +7,13 @@ probe uses the Frobenius norm, which treats all tokens and features alike. Both 
 does, which is not the best rank-one fit but the one that attention converges to.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tameformer.probes.dead_units import stacked
 from tameformer.probes.probe import Probe
 
 
@@ -25,27 +26,34 @@ class RankResidual(Probe):
 
     Args:
         sequences: How many sequences of a batch are looked at; None is all.
+        tokens: How many tokens of each, evenly spread; None is all.
     """
 
-    def __init__(self, *, sequences: int | None = 1) -> None:
-        self.sequences = sequences
-        self._values: dict[str, Tensor] = {}
+    def __init__(self, *, sequences: int | None = 1, tokens: int | None = 128) -> None:
+        self.sequences, self.tokens = sequences, tokens
+        self._parts: dict[str, Sequence[Tensor]] = {}
 
     def on_begin(self) -> None:
         """Forget the last step."""
-        self._values.clear()
+        self._parts.clear()
 
     def on_block(self, block: str, input: Tensor, output: Tensor) -> None:
         """Measure what the layer gave."""
-        key = f"diag/rank_residual/{block}"
-        if key not in self._values and output.shape[1] > 1:
-            x = output[: self.sequences]
-            self._values[key] = rank_residual(x).mean().float()
-            self._values[f"diag/token_cosine/{block}"] = token_cosine(x).mean().float()
+        if block not in self._parts and output.shape[1] > 1:
+            spacing = 1 if self.tokens is None else -(-output.shape[1] // self.tokens)
+            x = _at_least_float32(output[: self.sequences, ::spacing])
+            norms = _token_norms(x)
+            self._parts[block] = norms.squeeze(-1), _residual_norm(x), _squared_unit_sum(x, norms)
 
     def read(self) -> Mapping[str, Tensor]:
         """The values of the last observed step, on the device."""
-        return dict(self._values)
+        values = {}
+        for blocks, (norms, residual_norm, unit_sum) in stacked(self._parts):
+            residuals = _residual_ratio(residual_norm, norms).float().mean(-1)
+            cosines = _mean_cosine(unit_sum, norms).float().mean(-1)
+            for block, residual, cosine in zip(blocks, residuals, cosines, strict=True):
+                values |= {f"diag/rank_residual/{block}": residual, f"diag/token_cosine/{block}": cosine}
+        return values
 
 
 def rank_residual(x: Float[Tensor, "*batch seq dim"]) -> Float[Tensor, "*batch"]:
@@ -59,8 +67,7 @@ def rank_residual(x: Float[Tensor, "*batch seq dim"]) -> Float[Tensor, "*batch"]
         (tensor(0.), tensor(1.))
     """
     x = _at_least_float32(x)
-    residual = torch.linalg.vector_norm(x - x.mean(-2, keepdim=True), dim=(-2, -1))
-    return residual / torch.linalg.vector_norm(x, dim=(-2, -1)).clamp(min=torch.finfo(x.dtype).tiny)
+    return _residual_ratio(_residual_norm(x), _token_norms(x).squeeze(-1))
 
 
 def token_cosine(x: Float[Tensor, "*batch seq dim"]) -> Float[Tensor, "*batch"]:
@@ -75,10 +82,8 @@ def token_cosine(x: Float[Tensor, "*batch seq dim"]) -> Float[Tensor, "*batch"]:
         (tensor(0.), tensor(1.))
     """
     x = _at_least_float32(x)
-    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    units = x / norms.clamp(min=torch.finfo(x.dtype).tiny)
-    count = (norms != 0).sum((-2, -1))
-    return (units.sum(-2).square().sum(-1) - count) / (count * (count - 1)).clamp(min=1)
+    norms = _token_norms(x)
+    return _mean_cosine(_squared_unit_sum(x, norms), norms.squeeze(-1))
 
 
 def composite_rank_residual(x: Float[Tensor, "*batch seq dim"]) -> Float[Tensor, "*batch"]:
@@ -97,6 +102,28 @@ def composite_rank_residual(x: Float[Tensor, "*batch seq dim"]) -> Float[Tensor,
 
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _token_norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+
+def _residual_norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x - x.mean(-2, keepdim=True), dim=(-2, -1))
+
+
+def _residual_ratio(residual_norm: Tensor, norms: Tensor) -> Tensor:
+    return residual_norm / torch.linalg.vector_norm(norms, dim=-1).clamp(min=torch.finfo(norms.dtype).tiny)
+
+
+def _squared_unit_sum(x: Tensor, norms: Tensor) -> Tensor:
+    units = x / norms.clamp(min=torch.finfo(x.dtype).tiny)
+    return units.sum(-2).square().sum(-1)
+
+
+def _mean_cosine(unit_sum: Tensor, norms: Tensor) -> Tensor:
+    count = (norms != 0).sum(-1)
+    return (unit_sum - count) / (count * (count - 1)).clamp(min=1)
 
 
 def _composite_norm(x: Tensor) -> Tensor:
