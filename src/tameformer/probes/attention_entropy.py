@@ -58,7 +58,7 @@ class AttentionEntropy(Probe):
         found: dict[str, dict[str, Tensor]] = {layer: {} for layer in self._seen}
         for layers in _alike(self._seen):
             logits, visible, counted = zip(*(self._seen[layer] for layer in layers), strict=True)
-            for name, values in row_statistics(_stack(logits), _stack(visible), _stack(counted)).items():
+            for name, values in row_statistics(torch.stack(logits), _stack(visible), _stack(counted)).items():
                 for layer, value in zip(layers, values.unbind(), strict=True):
                     found[layer][f"diag/{name}/{layer}"] = value
         return {key: value for values in found.values() for key, value in values.items()}
