@@ -27,7 +27,7 @@ def commands() -> list[list[str]]:
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train, see = blocks("python")
+    train, see, stabilize = blocks("python")
     exec(compile(train, "README.md", "exec"), {})
     accuracy, report = capsys.readouterr().out.split()
     assert float(accuracy) > 0.5
@@ -35,6 +35,8 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     exec(compile(see, "README.md", "exec"), {})
     assert "Attention heads" in capsys.readouterr().out
     assert (tmp_path / "runs/mine/probes.jsonl").is_file()
+    exec(compile(stabilize, "README.md", "exec"), {})
+    assert capsys.readouterr().out == "layers.0.self_attn.in_proj_weight\n"
 
 
 @pytest.mark.parametrize("page", ["probes.md"])

@@ -11,17 +11,56 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from tameformer.health import Diagnosis, Monitor, diagnose
     from tameformer.nn.attention.entropy import attention_entropy
+    from tameformer.patch import PatchHandle
     from tameformer.recipes.launch import Result, train
+    from tameformer.stabilizers import (
+        admin,
+        deepnorm,
+        depth_scaled_init,
+        layer_scale,
+        peri_norm,
+        rezero,
+        sigma_reparam,
+        stabilize,
+        t_fixup,
+    )
 
 _HOMES = {
     "Diagnosis": "tameformer.health",
     "Monitor": "tameformer.health",
+    "PatchHandle": "tameformer.patch",
     "Result": "tameformer.recipes.launch",
     "attention_entropy": "tameformer.nn.attention.entropy",
     "diagnose": "tameformer.health",
+    "admin": "tameformer.stabilizers",
+    "deepnorm": "tameformer.stabilizers",
+    "depth_scaled_init": "tameformer.stabilizers",
+    "layer_scale": "tameformer.stabilizers",
+    "peri_norm": "tameformer.stabilizers",
+    "rezero": "tameformer.stabilizers",
+    "sigma_reparam": "tameformer.stabilizers",
+    "stabilize": "tameformer.stabilizers",
+    "t_fixup": "tameformer.stabilizers",
     "train": "tameformer.recipes.launch",
 }
-__all__ = ["Diagnosis", "Monitor", "Result", "attention_entropy", "diagnose", "train"]
+__all__ = [
+    "Diagnosis",
+    "Monitor",
+    "PatchHandle",
+    "Result",
+    "admin",
+    "attention_entropy",
+    "deepnorm",
+    "depth_scaled_init",
+    "diagnose",
+    "layer_scale",
+    "peri_norm",
+    "rezero",
+    "sigma_reparam",
+    "stabilize",
+    "t_fixup",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 Selector = Callable[[str, nn.Module, nn.Parameter], bool]
 """Whether a rule takes a parameter, from its full name, the module that owns it, and itself."""
@@ -28,7 +29,19 @@ class Rule:
 
 
 def is_matrix(name: str, module: nn.Module, parameter: nn.Parameter) -> bool:
-    """True for the weights of linear layers, convolutions and attention projections."""
+    """True for the weights of linear layers, convolutions and attention projections, also parametrized ones.
+
+    A parametrization may know better: with an attribute `decayed_parameters` it names those of its parameters that weight
+    decay is meant for, and "original" among them means the weight that it is computed from.
+    """
+    *_, attribute, local = ("", *name.split("."))
+    if hasattr(module, "decayed_parameters"):
+        return local in module.decayed_parameters
+    if local.startswith("original") and parametrize.is_parametrized(module, attribute):
+        chain = module.parametrizations[attribute]  # pyright: ignore
+        said = [part.decayed_parameters for part in chain if hasattr(part, "decayed_parameters")]
+        if said:
+            return any("original" in names for names in said)
     return parameter.ndim >= 2 and isinstance(module, _MATRIX_OWNERS)
 
 
@@ -55,19 +68,27 @@ def assign(model: nn.Module, rules: Sequence[Rule]) -> list[dict[str, Any]]:
     ]
     seen: set[int] = set()
     for module_name, module in model.named_modules():
+        owner = _owner(model, module_name, module)
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen or not parameter.requires_grad:
                 continue
             seen.add(id(parameter))
             name = f"{module_name}.{parameter_name}" if module_name else parameter_name
             for rule, group in zip(rules, groups, strict=True):
-                if rule.selects(name, module, parameter):
+                if rule.selects(name, owner, parameter):
                     group["params"].append(parameter)
                     group["param_names"].append(name)
                     break
             else:
                 raise ValueError(f"no rule selects parameter {name}; end the rules with one that takes everything")
     return groups
+
+
+def _owner(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
+    """The layer that a parametrized weight belongs to, where torch keeps the weight in a list beside it."""
+    if isinstance(module, parametrize.ParametrizationList):
+        return model.get_submodule(name.rpartition("parametrizations.")[0].rstrip("."))
+    return module
 
 
 def parameter_groups(model: nn.Module, rules: Sequence[Rule]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from typing import Literal
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch.optim import Optimizer
 
 from tameformer.optim import OptimConfig
 from tameformer.probes import PROBES, Watch
+from tameformer.stabilizers import METHODS
 from tameformer.training.checkpoint import CheckpointConfig
 from tameformer.training.run import LoopConfig
 
@@ -76,12 +78,18 @@ class RecipeConfig:
     """Optimizer and schedule."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """Logging and evaluation."""
+    stabilize: tuple[str, ...] = ()
+    """Methods that `tame methods` lists, applied to the model in this order before training."""
     probes: ProbesConfig = field(default_factory=ProbesConfig)
     """Measurements inside the model."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
 
     def __post_init__(self) -> None:
+        for name in self.stabilize:
+            if name not in METHODS:
+                near = get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
+                raise ValueError(f"stabilize: there is no method {name}; did you mean {near}? `tame methods` lists them")
         for name in ("max_steps", "num_train_epochs", "gradient_accumulation_steps", "overfit_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -1,1 +1,24 @@
 """Methods that make a Transformer stable, one a file: each changes any model and can be taken back or folded away."""
+
+from tameformer.stabilizers.admin import admin
+from tameformer.stabilizers.catalogue import METHODS, stabilize
+from tameformer.stabilizers.deepnorm import deepnorm
+from tameformer.stabilizers.depth_scaled_init import depth_scaled_init
+from tameformer.stabilizers.layer_scale import layer_scale
+from tameformer.stabilizers.peri_norm import peri_norm
+from tameformer.stabilizers.rezero import rezero
+from tameformer.stabilizers.sigma_reparam import sigma_reparam
+from tameformer.stabilizers.t_fixup import t_fixup
+
+__all__ = [
+    "METHODS",
+    "admin",
+    "deepnorm",
+    "depth_scaled_init",
+    "layer_scale",
+    "peri_norm",
+    "rezero",
+    "sigma_reparam",
+    "stabilize",
+    "t_fixup",
+]

@@ -1,0 +1,169 @@
+"""What stabilizers cost: the whole training step of a causal language model with sigmaReparam over the same step without.
+
+Each variant has a model and a fused AdamW of its own and takes its turn in every round, in random order; ratios are taken
+inside the round. "At first" takes three power steps an update, as the first hundred updates do, the others one. "Beside" keeps
+stored weights and gammas beside the optimizer. With four micro-batches the tokens of a step come in four parts. Sigma's start
+is compared with the decomposition that the published layers start from.
+"""
+
+import dataclasses
+import random
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from measure import Quartiles, quartiles
+from subjects import Size, mean_loss, model_of
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.optim import AdamW
+from write_up import Table, parser, set_threads, write
+
+from tameformer.stabilizers.power_iteration import image_and_sigma, leading_left
+from tameformer.stabilizers.sigma_optimizer import SigmaBesideOptimizer
+from tameformer.stabilizers.sigma_reparam import SigmaReparam, sigma_reparam
+
+Patch = Callable[[nn.Module], object]
+NOTES = [
+    "Floor of sigmaReparam: 32 bytes a weight and step over 6 N FLOP, 5.3 F / (B N) with F FLOP/s, B bytes/s and N tokens.",
+    "torch's spectral_norm has no gamma, and takes its power step in every forward pass.",
+]
+
+
+def patches() -> dict[str, Patch]:
+    """Variants by name."""
+    return {
+        "plain": lambda model: None,
+        "sigma_reparam": lambda model: sigma_reparam(model, steps_at=lambda updates: 1),
+        "sigma_reparam, at first": lambda model: sigma_reparam(model, steps_at=lambda updates: 3),
+        "beside the optimizer": lambda model: SigmaBesideOptimizer(model, steps_at=lambda updates: 1),
+        "sigma_reparam, baked": lambda model: sigma_reparam(model).bake(),
+        "torch spectral_norm": _spectral_norm,
+    }
+
+
+def _spectral_norm(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        if isinstance(module, nn.Linear):
+            spectral_norm(module)
+
+
+def step_of(size: Size, patch: Patch, *, micro_batches: int, dtype: torch.dtype) -> Callable[[], object]:
+    """One training step of a model of its own."""
+    model = model_of(size)
+    patched = patch(model)
+    groups = [{"params": list(model.parameters())}]
+    is_beside = isinstance(patched, SigmaBesideOptimizer)
+    optimizer = AdamW(patched.groups(groups) if is_beside else groups, lr=1e-4, fused=True)
+    if is_beside:
+        patched.follow(optimizer)
+    generator = torch.Generator().manual_seed(0)
+    tokens, targets = torch.randint(size.vocab_size, (2, size.batch, size.seq), generator=generator)
+
+    def step() -> None:
+        for some, answers in zip(tokens.chunk(micro_batches), targets.chunk(micro_batches), strict=True):
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+                loss = mean_loss(model, some, answers)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def compare(
+    size: Size, *, rounds: int, micro_batches: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> dict[str, Quartiles]:
+    """By variant: time over the plain step."""
+    order = random.Random(seed)
+    steps = {name: step_of(size, patch, micro_batches=micro_batches, dtype=dtype) for name, patch in patches().items()}
+    for step in steps.values():
+        step()
+        step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name in order.sample(sorted(steps), len(steps)):
+            begin = time.process_time()
+            steps[name]()
+            seconds[name].append(time.process_time() - begin)
+    return {
+        name: quartiles([mine / plain for mine, plain in zip(times, seconds["plain"], strict=True)])
+        for name, times in seconds.items()
+        if name != "plain"
+    }
+
+
+def starts(width: int, *, rounds: int) -> dict[str, Quartiles | float]:
+    """Seconds of the decomposition over those of ours, and the relative error of sigma, on Gaussian matrices."""
+    generator = torch.Generator().manual_seed(0)
+    ratios, errors = [], []
+    for _ in range(rounds):
+        matrix = torch.randn(width, width, generator=generator)
+        begin = time.process_time()
+        left = leading_left(matrix)
+        _, sigma = image_and_sigma(matrix, left)
+        middle = time.process_time()
+        exact = torch.linalg.svd(matrix, full_matrices=False).S[0]
+        ratios.append((time.process_time() - middle) / (middle - begin))
+        errors.append(abs(1 - (sigma / exact).item()))
+    return {"times faster": quartiles(ratios), "error": quartiles(errors).median}
+
+
+def tracking(size: Size, *, updates: int) -> Quartiles:
+    """Relative error of sigma over all weights after so many updates with AdamW at 1e-3."""
+    model = model_of(size)
+    sigma_reparam(model)
+    optimizer = AdamW(model.parameters(), lr=1e-3, fused=True)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(updates):
+        start = torch.randint(size.vocab_size, (size.batch, 1), generator=generator)
+        tokens = (start + torch.arange(size.seq + 1) * 7) % size.vocab_size
+        mean_loss(model, tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    errors = []
+    for one in (module for module in model.modules() if isinstance(module, SigmaReparam)):
+        for matrix, left in zip(one.parts.of(one.weight.detach()), one.parts.split(one.left), strict=True):
+            errors.append(1 - (image_and_sigma(matrix, left)[1] / torch.linalg.matrix_norm(matrix, 2)).item())
+    return quartiles(errors)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, "python benchmarks/stabilizers.py --rounds 31")
+    options.add_argument("--rounds", type=int, default=31, help="turns of each variant")
+    options.add_argument("--bf16", action="store_true", help="also under autocast to bf16")
+    given = options.parse_args(arguments)
+    set_threads(given.threads)
+    rounds = 2 if given.quick else given.rounds
+    raw: dict[str, object] = {}
+    steps = Table("Time of a step over the plain one", ["tokens a step", *list(patches())[1:]])
+    sizes = [(32, 1)] if given.quick else [(512, 1), (512, 4), (4096, 1)]
+    for tokens, parts in sizes:
+        size = Size(num_layers=6, dim=256, num_heads=4, seq=128, batch=tokens // 128)
+        if given.quick:
+            size = Size(num_layers=1, dim=32, num_heads=4, seq=16, batch=2)
+        few = max(2, rounds // (1 if tokens < 1000 else 4))
+        for dtype in (torch.float32, torch.bfloat16) if given.bf16 else (torch.float32,):
+            title = f"{tokens}{f' in {parts} micro-batches' if parts > 1 else ''}, {str(dtype).removeprefix('torch.')}"
+            found = compare(size, rounds=few, micro_batches=parts, dtype=dtype)
+            raw[title] = {name: dataclasses.asdict(ratio) for name, ratio in found.items()}
+            steps.rows.append([title, *(ratio.show() for ratio in found.values())])
+    start = Table("Start of sigma, over torch.linalg.svd", ["matrix", "times faster", "relative error, median"])
+    for width in (160,) if given.quick else (768, 2048):
+        found = starts(width, rounds=2 if given.quick else 3)
+        ratio, error = found["times faster"], found["error"]
+        assert isinstance(ratio, Quartiles)
+        raw[f"start {width}"] = {"times_faster": dataclasses.asdict(ratio), "error": error}
+        start.rows.append([f"{width} x {width}", ratio.show(1), f"{error:.1e}"])
+    follow = Table("Relative error of sigma while training, AdamW at 1e-3", ["updates", "median and quartiles, %"])
+    size = Size(num_layers=1 if given.quick else 4, dim=32 if given.quick else 128, num_heads=4, seq=16, batch=8)
+    for updates in (2,) if given.quick else (1, 20, 100, 200):
+        error = tracking(size, updates=updates)
+        raw[f"error after {updates}"] = dataclasses.asdict(error)
+        percent = Quartiles(*(100 * value for value in dataclasses.astuple(error)))
+        follow.rows.append([str(updates), percent.show()])
+    write("stabilizers", [steps, start, follow], about=__doc__ or "", notes=NOTES, raw=raw, options=given)
+
+
+if __name__ == "__main__":
+    main()

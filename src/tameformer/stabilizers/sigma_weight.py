@@ -1,0 +1,349 @@
+"""The weight with a learned spectral norm, as a parametrization, and how its singular vectors follow the optimizer.
+
+Forward only reads. One hook on torch's optimizers takes the power step for the weights that an optimizer has just stepped, so
+that gradient accumulation, checkpointing and several forward passes all see the same function, evaluation sees that function
+too, and a compiled forward has nothing to change. (A weight's version counter alone would not do: fused optimizers do not
+move it.) A loop that updates weights without a torch optimizer is noticed by that counter, in its next training forward;
+`advance` is for what neither sees.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from operator import truediv
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from tameformer.errors import PatchError
+from tameformer.stabilizers.power_iteration import image_and_sigma, leading_left, power_steps
+from tameformer.stabilizers.weight_parts import Parts
+
+StepsAt = Callable[[int], int]
+"""From the number of optimizer steps so far to the power steps to take after the next one."""
+
+
+def effective_weight(
+    weight: Float[Tensor, "out in_"], gamma: Float[Tensor, ""], left: Float[Tensor, " out"]
+) -> Float[Tensor, "out in_"]:
+    """Weight times gamma / sigma, with sigma = |weightᵀ left| for a fixed unit vector `left`; differentiable in the others.
+
+    With the exact left singular vector this has the spectral norm |gamma|, the gradient of `weight` is orthogonal to `weight`,
+    and scaling `weight` changes nothing (equation 4).
+
+    Example:
+        >>> effective_weight(torch.eye(2) * 5, torch.tensor(2.0), torch.tensor([1.0, 0.0]))
+        tensor([[2., 0.],
+                [0., 2.]])
+    """
+    _, sigma = image_and_sigma(weight, left)
+    return weight * (gamma / sigma)
+
+
+@dataclass(slots=True)
+class _Now:
+    """What a weight knows in this process only; apart, since a module is slow to set attributes on."""
+
+    is_ready: bool  # values have been given, if it came from the meta device
+    owner: ParametrizationList | None = None
+    images: list[Tensor] | None = None  # Wᵀ left of the last training forward: half of the next power step
+    count: int | None = 0  # of updates
+    seen_version: int | None = None  # of the weight when the vectors last advanced, in a loop without an optimizer
+    has_optimizer: bool = False
+
+
+class SigmaReparam(nn.Module):
+    """The parametrization of one stored weight: turns it into its effective weight on every access.
+
+    Reads its state and changes none of it that counts, so that it may be called any number of times between two updates.
+
+    Args:
+        weight: The stored weight, whose values it starts from.
+        parts: The matrices in it, each with its own gamma.
+        gamma: Where gamma starts; None is at sigma, where the effective weight is bit for bit the weight.
+        steps_at: Power steps after each update.
+        name: In messages.
+    """
+
+    decayed_parameters = (
+        "gamma",
+    )  # the spectral norm is what weight decay can regularize, the length of W is without effect
+    gamma: nn.Parameter
+    left: Tensor
+    updates: Tensor
+
+    def __init__(
+        self, weight: nn.Parameter, parts: Parts, *, gamma: float | None, steps_at: StepsAt, name: str = "weight"
+    ) -> None:
+        super().__init__()
+        self.parts, self.start, self.steps_at, self.name = parts, gamma, steps_at, name
+        # In fp32 also beside half precision: a rounded gamma would not start where the function is, and would not move.
+        new = partial(torch.empty, dtype=_wide(weight), device=weight.device)
+        self.gamma = nn.Parameter(new(len(parts.sizes)), requires_grad=weight.requires_grad)
+        self.register_buffer("left", new(sum(parts.sizes)))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=weight.device))
+        self._now = _Now(is_ready=not weight.is_meta)
+        self._now.has_optimizer = False
+        self._now.is_ready = not weight.is_meta
+        if self._now.is_ready:
+            self._reset(weight)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The stored weight; after an optimizer's step this is what it stepped."""
+        assert self._now.owner is not None, "it was registered"
+        return self._now.owner.original  # pyright: ignore[reportReturnType]
+
+    def attach(self, owner: ParametrizationList) -> None:
+        """Follow the stored weight in `owner`, where it is once this is registered."""
+        self._now.owner = owner
+        FOLLOWED.add(self)
+
+    @torch.no_grad()
+    def effective(self) -> Tensor:
+        """The effective weight as forward and evaluation have it now."""
+        with _full_precision(self.left.device):
+            return _EffectiveWeight.apply(self.weight, self.gamma, self.left, self)  # pyright: ignore[reportReturnType]
+
+    def reset_parameters(self) -> None:
+        """Start over from the stored weight as it is now: after values were given to a model built on the meta device."""
+        self._reset(self.weight)
+        self._now.is_ready = True
+
+    @torch.no_grad()
+    def _reset(self, weight: Tensor) -> None:
+        lefts, sigmas = [], []
+        for matrix in self._matrices(weight.detach()):
+            if not matrix.isfinite().all():
+                raise PatchError(
+                    f"{self.name} holds NaN or infinity and has no spectral norm; load sound weights first"
+                )
+            if not matrix.any():
+                raise PatchError(
+                    f"{self.name} is zero and has no direction to scale; initialize it, or leave it out: where="
+                )
+            lefts.append(leading_left(matrix))
+            sigmas.append(image_and_sigma(matrix, lefts[-1])[1])
+        self.left.copy_(torch.cat(lefts))
+        self.gamma.copy_(torch.stack(sigmas) if self.start is None else torch.full_like(self.gamma, self.start))
+        self.updates.zero_()
+        self._now.images, self._now.seen_version, self._now.count = None, None, 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The effective weight, of the stored one's shape and dtype."""
+        if not self._now.is_ready:
+            raise PatchError(
+                f"{self.name} came from the meta device and its gamma and singular vectors have no values yet: load a "
+                f"checkpoint of the patched model, or give the weight values and call reset_parameters() of this SigmaReparam"
+            )
+        with _full_precision(weight.device):
+            if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+                lefts = self.parts.split(self.left)
+                matrices = zip(self._matrices(weight), self.gamma.to(self.left.dtype).unbind(), lefts, strict=True)
+                return self.parts.join([effective_weight(*one) for one in matrices]).to(weight.dtype)
+            if self.training and not self._now.has_optimizer:
+                self._advance_if_changed(weight)
+            return _EffectiveWeight.apply(weight, self.gamma, self.left, self)  # pyright: ignore[reportReturnType]
+
+    def _matrices(self, weight: Tensor) -> list[Tensor]:
+        return [part.to(_wide(weight)) for part in self.parts.of(weight)]
+
+    def _updates_so_far(self) -> int:
+        if self._now.count is None:
+            self._now.count = int(self.updates)  # once after loading: on an accelerator this waits for it
+        return self._now.count
+
+    def _advance_if_changed(self, weight: Tensor) -> None:
+        if weight is not self.weight or weight.is_inference():
+            return  # a stand-in of this one call
+        if self._now.seen_version is not None and self._now.seen_version != weight._version:
+            _advance([self])
+        self._now.seen_version = weight._version
+
+    def _apply(self, fn, recurse=True):
+        """Moves to other devices, and to other dtypes unless they are narrower than fp32."""
+
+        def kept(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if self._now.is_ready and tensor.is_meta and not moved.is_meta:
+                self._now.is_ready = False
+            is_narrower = moved.is_floating_point() and moved.dtype.itemsize < 4 <= tensor.dtype.itemsize
+            return tensor.to(moved.device) if is_narrower else moved
+
+        self._now.images = self._now.seen_version = None
+        super()._apply(kept, recurse)
+        if self.left.is_meta:
+            self._now.is_ready = False
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._now.images = self._now.seen_version = self._now.count = None
+        if f"{prefix}gamma" in state_dict and f"{prefix}left" in state_dict:
+            self._now.is_ready = not self.left.is_meta
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        FOLLOWED.add(self)  # a copy is followed, too
+
+    def extra_repr(self) -> str:
+        """The parts and where gamma starts."""
+        return f"rows={self.parts.sizes}, gamma={'sigma' if self.start is None else self.start}"
+
+
+class _EffectiveWeight(torch.autograd.Function):
+    """`effective_weight` of every part with half the passes over memory that its automatic gradient would take.
+
+    With G the gradient of the effective weight, v = left and u = weightᵀ v / sigma:
+    dgamma = <G, weight> / sigma and dweight = gamma / sigma (G - <G, weight> / sigma v uᵀ).
+    """
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, gamma: Tensor, left: Tensor, module: SigmaReparam) -> Tensor:
+        parts = module.parts
+        matrices = module._matrices(weight)
+        images, lengths = zip(*map(image_and_sigma, matrices, parts.split(left)), strict=True)
+        if module.training:
+            module._now.images = list(images)
+        ctx.parts, ctx.sigmas, ctx.gammas = parts, _numbers(lengths), _numbers(gamma)
+        # A copy: the buffer is written between two forward passes by DistributedDataParallel.
+        ctx.save_for_backward(weight, left.clone(), *images)
+        factors = map(truediv, ctx.gammas, ctx.sigmas)
+        return parts.filled(weight, [partial(torch.mul, *one) for one in zip(matrices, factors, strict=True)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        weight, left, *images = ctx.saved_tensors
+        parts: Parts = ctx.parts
+        with _full_precision(weight.device):
+            grad = grad.to_dense() if grad.is_sparse else grad
+            grads, matrices = ([part.to(left.dtype) for part in parts.of(one)] for one in (grad, weight))
+            products = _numbers([_dot(*both) for both in zip(grads, matrices, strict=True)])
+            gamma_grads = list(map(truediv, products, ctx.sigmas))
+            if isinstance(gamma_grads[0], float):
+                gamma_grad = torch.tensor(gamma_grads, dtype=left.dtype)
+            else:
+                gamma_grad = torch.stack(gamma_grads)
+            if not ctx.needs_input_grad[0]:
+                return None, gamma_grad, None, None
+            writes = [
+                partial(_without_share, one, gamma / sigma, -gamma / sigma * share / sigma, vector, image)
+                for one, gamma, sigma, share, vector, image in zip(
+                    grads, ctx.gammas, ctx.sigmas, gamma_grads, parts.split(left), images, strict=True
+                )
+            ]
+            return parts.filled(weight, writes), gamma_grad, None, None
+
+
+def _numbers(scalars: Sequence[Tensor] | Tensor) -> Sequence[Any]:
+    """Plain numbers where reading one costs nothing; on an accelerator it would wait for all work before it."""
+    if scalars[0].device.type != "cpu":
+        return scalars if isinstance(scalars, Sequence) else scalars.unbind()
+    return [scalar.item() for scalar in scalars] if isinstance(scalars, Sequence) else scalars.tolist()
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    return torch.dot(one.reshape(-1), other.reshape(-1))
+
+
+def _without_share(grad: Tensor, factor: Any, share: Any, left: Tensor, image: Tensor, out: Tensor | None = None):
+    """Factor * grad + share * left imageᵀ; in one pass where the two factors are plain numbers."""
+    if isinstance(factor, float) and (out is None or out.dtype == grad.dtype):
+        return torch.addr(grad, left, image, beta=factor, alpha=share, out=out)
+    if out is None or out.dtype == grad.dtype:
+        return torch.mul(grad, factor, out=out).addr_(left * share, image)
+    return out.copy_((grad * factor).addr_(left * share, image))
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+class _Followed:
+    """The weights alive in this process, and the one hook that sees every optimizer's step while there are any."""
+
+    def __init__(self) -> None:
+        self.live: weakref.WeakSet[SigmaReparam] = weakref.WeakSet()
+        self.hook: Any = None
+
+    def add(self, one: SigmaReparam) -> None:
+        self.live.add(one)
+        if self.hook is None:
+            self.hook = register_optimizer_step_post_hook(self.stepped)
+
+    def discard(self, one: SigmaReparam) -> None:
+        self.live.discard(one)
+        self._release()
+
+    def _release(self) -> None:
+        if not self.live and self.hook is not None:
+            self.hook.remove()
+            self.hook = None
+
+    def stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        place = {id(parameter): number for number, parameter in enumerate(parameters)}
+        due = [one for one in self.live if one._now.owner is not None and one._now.is_ready and id(one.weight) in place]
+        # In the optimizer's order, which is the same in all processes: they gather sharded weights together.
+        due.sort(key=lambda one: place[id(one.weight)])
+        for one in due:
+            one._now.has_optimizer = True
+        _advance(due)
+        self._release()
+
+
+FOLLOWED = _Followed()
+
+
+@torch.no_grad()
+def _advance(due: Iterable[SigmaReparam]) -> None:
+    """The power steps of these weights after an update, those that take the same number together."""
+    by_steps: dict[int, list[SigmaReparam]] = {}
+    for one in due:
+        by_steps.setdefault(one.steps_at(one._updates_so_far()), []).append(one)
+    for steps, members in by_steps.items():
+        matrices, lefts, images = [], [], []
+        with _full_precision(members[0].left.device):
+            for one in members:
+                of_one = one._matrices(_gathered(one.weight.detach()))
+                matrices += of_one
+                lefts += one.parts.split(one.left)
+                images += one._now.images or [None] * len(of_one)
+            found = iter(power_steps(matrices, lefts, images, steps=steps))
+        for one in members:
+            one.left.copy_(torch.cat([next(found) for _ in one.parts.sizes]))
+            one._now.images, one._now.count = None, one._updates_so_far() + 1
+            one.updates.add_(1)
+
+
+def advance(model: nn.Module) -> None:
+    """Take the power steps that follow an update, in a loop whose updates nobody sees.
+
+    Optimizers of torch are seen, and so are updates in place of the weights of a model that is not compiled: for those there
+    is nothing to call. An update through `.data` in a loop without an optimizer, or of a compiled model without one, needs
+    this after it.
+    """
+    _advance([module for module in model.modules() if isinstance(module, SigmaReparam)])
+
+
+def is_sharded(weight: Tensor) -> bool:
+    """Whether this process may hold a part of the weight only."""
+    return hasattr(weight, "placements")
+
+
+def _gathered(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if is_sharded(weight) else weight  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,117 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tameformer.optim import decay_groups
+from tameformer.stabilizers.sigma_optimizer import SigmaBesideOptimizer
+from tameformer.stabilizers.sigma_reparam import Rows, SigmaReparam, sigma_reparam
+
+DATA = torch.linspace(-1, 1, 8 * 6).mul(7).sin().view(8, 6)
+
+
+def model_of():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 6))
+
+
+def fused(name, module, parent):
+    return {"0": Rows((4, 12)), "2": Rows((1, 2), groups=2)}[name]
+
+
+def optimizer_of(model, beside=None, **settings):
+    groups = [{"params": list(model.parameters())}]
+    return torch.optim.AdamW(groups if beside is None else beside.groups(groups), lr=1e-3, weight_decay=0.0, **settings)
+
+
+def train(model, optimizer, steps=50, parts=1):
+    losses = []
+    for _ in range(steps):
+        for part in DATA.chunk(parts):
+            loss = (model(part) - part).square().mean() / parts
+            loss.backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+@pytest.mark.parametrize("settings", [{}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_same_training_as_parametrized(settings, parts):
+    reference = model_of()
+    sigma_reparam(reference, split=fused)
+    expected = train(reference, optimizer_of(reference, **settings), parts=parts)
+    model = model_of()
+    beside = SigmaBesideOptimizer(model, split=fused)
+    optimizer = optimizer_of(model, beside, **settings)
+    beside.follow(optimizer)
+    assert train(model, optimizer, parts=parts) == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(model[0].weight, reference[0].weight, rtol=1e-4, atol=1e-5)
+    assert (
+        {int(one.updates) for one in reference.modules() if isinstance(one, SigmaReparam)} == {beside.updates} == {50}
+    )
+
+
+def test_starts_where_the_model_is_and_keeps_its_parameters():
+    model = model_of()
+    kept = [(name, parameter, parameter.detach().clone()) for name, parameter in model.named_parameters()]
+    beside = SigmaBesideOptimizer(model)
+    for (name, parameter, value), (now, is_now) in zip(kept, model.named_parameters(), strict=True):
+        assert name == now
+        assert parameter is is_now
+        assert torch.equal(parameter, value)
+    assert beside.names == ["0.weight", "2.weight"]
+
+
+def test_groups_hold_each_once_without_decay_on_stored_weights():
+    model = model_of()
+    beside = SigmaBesideOptimizer(model)
+    groups = beside.groups(decay_groups(model, weight_decay=0.1), gamma_settings={"weight_decay": 0.2})
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    assert len({id(parameter) for parameter in parameters}) == len(parameters) == 6
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(2, 0.0), (2, 0.0), (2, 0.2)]
+    assert not {id(parameter) for parameter in parameters} & {id(model[0].weight), id(model[2].weight)}
+
+
+def test_resumes_exactly():
+    model = model_of()
+    beside = SigmaBesideOptimizer(model)
+    optimizer = optimizer_of(model, beside)
+    beside.follow(optimizer)
+    train(model, optimizer, 5)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), beside.state_dict()))
+    expected = train(model, optimizer, 5)
+    fresh = model_of()
+    again = SigmaBesideOptimizer(fresh)
+    resumed = optimizer_of(fresh, again)
+    again.follow(resumed)
+    fresh.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    again.load_state_dict(saved[2])
+    assert train(fresh, resumed, 5) == expected
+
+
+def test_half_precision_layers_beside_full_precision_weights():
+    model = model_of().bfloat16()
+    beside = SigmaBesideOptimizer(model)
+    optimizer = optimizer_of(model, beside)
+    beside.follow(optimizer)
+    model(DATA.bfloat16()).square().mean().backward()
+    optimizer.step()
+    assert model[0].weight.dtype == torch.bfloat16
+    assert beside.state_dict()["0.weight.stored"].dtype == torch.float32
+
+
+def test_ties_stay():
+    model = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "out": nn.Linear(4, 5)})
+    model["out"].weight = model["embedding"].weight
+    beside = SigmaBesideOptimizer(model)
+    optimizer = optimizer_of(model, beside)
+    beside.follow(optimizer)
+    before = model["out"].weight.detach().clone()
+    model["out"](model["embedding"](torch.tensor([1, 2]))).square().sum().backward()
+    optimizer.step()
+    assert model["out"].weight is model["embedding"].weight
+    assert not torch.equal(model["out"].weight, before)
