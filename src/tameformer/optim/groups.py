@@ -35,14 +35,20 @@ def is_matrix(name: str, module: nn.Module, parameter: nn.Parameter) -> bool:
     decay is meant for, and "original" among them means the weight that it is computed from.
     """
     *_, attribute, local = ("", *name.split("."))
-    if hasattr(module, "decayed_parameters"):
-        return local in module.decayed_parameters
+    said = _said(module)
+    if said is not None:
+        return local in said
     if local.startswith("original") and parametrize.is_parametrized(module, attribute):
         chain = module.parametrizations[attribute]  # pyright: ignore
-        said = [part.decayed_parameters for part in chain if hasattr(part, "decayed_parameters")]
-        if said:
-            return any("original" in names for names in said)
+        heard = [said for part in chain if (said := _said(part)) is not None]
+        if heard:
+            return any("original" in names for names in heard)
     return parameter.ndim >= 2 and isinstance(module, _MATRIX_OWNERS)
+
+
+def _said(part: Any) -> Sequence[str] | None:
+    """What a parametrization says that weight decay is meant for."""
+    return getattr(part, "decayed_parameters", None)
 
 
 def is_any(name: str, module: nn.Module, parameter: nn.Parameter) -> bool:
