@@ -89,7 +89,9 @@ class RecipeConfig:
         for name in self.stabilize:
             if name not in METHODS:
                 near = get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
-                raise ValueError(f"stabilize: there is no method {name}; did you mean {near}? `tame methods` lists them")
+                raise ValueError(
+                    f"stabilize: there is no method {name}; did you mean {near}? `tame methods` lists them"
+                )
         for name in ("max_steps", "num_train_epochs", "gradient_accumulation_steps", "overfit_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
