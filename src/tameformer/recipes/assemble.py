@@ -85,7 +85,7 @@ def assemble(
         evaluate=evaluate,
         test=test,
         artifacts=artifacts or {},
-        watch=config.probes.watch(model, updated_by, last_step=max_steps),
+        watch=config.probes.watch(model, updated_by, logging_steps=config.loop.logging_steps, last_step=max_steps),
         set_attention_dtype=partial(set_compute_dtype, model),
         seed=config.seed,
         loop=config.loop,

@@ -19,8 +19,8 @@ from tameformer.training.run import LoopConfig
 class ProbesConfig:
     """What is measured inside the model, and how often: steps from one measurement to the next, null for never."""
 
-    attention_entropy: int | None = 10
-    """Entropy, largest logit and entropy bound of each attention head."""
+    attention_entropy: int | Literal["logged"] | None = "logged"
+    """Entropy, largest logit and entropy bound of each attention head; "logged" is at each line of the log."""
     head_output: int | None = 50
     """Output of each head relative to its layer's: a dead head is near 0."""
     branch_share: int | None = 50
@@ -44,12 +44,15 @@ class ProbesConfig:
 
     def __post_init__(self) -> None:
         for name, every in asdict(self).items():
-            if every is not None and every < 1:
+            if isinstance(every, int) and every < 1:
                 raise ValueError(f"probes.{name} must be at least 1 step, or null for never, got {every}")
 
-    def watch(self, model: nn.Module, optimizers: Sequence[Optimizer], *, last_step: int) -> Watch:
+    def watch(self, model: nn.Module, optimizers: Sequence[Optimizer], *, logging_steps: int, last_step: int) -> Watch:
         """The probes on a model; all of them measure the last step of the run."""
-        chosen = {name: every for name, every in asdict(self).items() if every is not None}
+        cadences = {**asdict(self)}
+        if self.attention_entropy == "logged":
+            cadences["attention_entropy"] = logging_steps
+        chosen = {name: every for name, every in cadences.items() if every is not None}
         probes = [(PROBES[name](model, optimizers), every) for name, every in chosen.items()]
         return Watch(model, probes, optimizers=optimizers, last_step=last_step)
 
