@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-SCRIPTS = ["loop_overhead", "precision", "memory", "startup", "gpu_lm", "profile_step", "probes"]
+SCRIPTS = ["loop_overhead", "precision", "memory", "startup", "gpu_lm", "profile_step", "probes", "stabilizers"]
 
 
 @pytest.fixture
