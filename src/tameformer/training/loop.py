@@ -97,6 +97,8 @@ class Loop:
             return Outcome(self.step, self.status, dict(self.metrics))
         stream = run.batches(start=self.step, stop=run.max_steps, rank=engine.rank, world_size=engine.world_size)
         listener.on_train_begin(start_step=self.step, max_steps=run.max_steps)
+        if self.step == 0 and run.loop.eval_on_start and run.evaluate is not None:
+            self._measure(run.evaluate, "eval")  # told, but no candidate for the best checkpoint
         self.model.train()
         self._last_line = time.perf_counter()
         with closing(cast(Any, stream)):

@@ -68,6 +68,8 @@ class LoopConfig:
     """Steps between lines of the log."""
     eval_steps: int | None = None
     """Steps between evaluations; null evaluates at the end of each epoch."""
+    eval_on_start: bool = False
+    """Evaluate before the first step, too: the loss that training starts from."""
     early_stopping_patience: int | None = None
     """Stop after this many evaluations without a better `checkpoint.best_metric`; null never stops early."""
 
