@@ -207,6 +207,61 @@ def test_cross_attention_reads_the_stream_with_its_query_only(family):
     assert all(len(branch.inputs) == 1 and branch.value not in branch.inputs for branch in cross)
 
 
+class Calls(Observer):
+    def __init__(self):
+        self.seen = {}
+
+    def on_attention(self, call):
+        self.seen[call.layer] = call
+
+
+def attention_calls(model, inputs):
+    calls = Calls()
+    with Observation(model, [calls], sequences=None).watching():
+        model(**inputs)
+    return calls.seen
+
+
+def double(matrix, start, stop):
+    """Twice the outputs from `start` to `stop`."""
+    matrix.view()[start:stop] *= 2
+    if matrix.bias is not None:
+        getattr(matrix.module, matrix.bias)[matrix.start : matrix.stop][start:stop] *= 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@torch.no_grad()
+def test_the_heads_are_what_a_call_of_attention_shows(family):
+    """Twice a head's outputs are twice that head's queries or keys, bit for bit, and no other's."""
+    torch.manual_seed(0)
+    model, inputs = FAMILIES[family]()
+    model.train()  # in evaluation torch's layers fuse
+    if isinstance(model, transformers.PreTrainedModel):
+        model.set_attn_implementation("sdpa")
+    for parameter in model.parameters():  # so that biases take part
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    found = [branch.attention for branch in branches(model) if branch.kind != "feed_forward"]
+    assert found
+    for attention in found:
+        torch.manual_seed(1)
+        before = attention_calls(model, inputs)[attention.name]
+        assert (attention.num_heads, attention.head_dim) == (before.query.shape[1], before.query.shape[3])
+        scale = before.query.shape[-1] ** -0.5 if before.scale is None else before.scale
+        assert attention.scale == pytest.approx(scale)
+        last = attention.num_kv_heads - 1
+        double(attention.query, 0, attention.head_dim)
+        double(attention.key, last * attention.head_dim, None)
+        torch.manual_seed(1)
+        after = attention_calls(model, inputs)[attention.name]
+        served = before.key.shape[1] // attention.num_kv_heads  # more than 1 where the model repeats the keys itself
+        query_factor = torch.tensor([2.0] + [1.0] * (attention.num_heads - 1)).view(-1, 1, 1)
+        key_factor = torch.tensor([1.0] * last * served + [2.0] * served).view(-1, 1, 1)
+        assert torch.equal(after.query, before.query * query_factor)
+        assert torch.equal(after.key, before.key * key_factor)
+        assert torch.equal(after.value, before.value)
+
+
 def test_a_fused_projection_is_read_in_its_three_parts():
     for model in (gpt2()[0], torch_stack(True)[0]):
         attention = branches(model)[0]

@@ -66,6 +66,34 @@ class Tap:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """What an attention projects its queries, keys and values with, and how they split into heads."""
+
+    name: str
+    """Name of `module` in the model."""
+    module: nn.Module
+    """The module whose call projects, splits and mixes."""
+    query: Matrix
+    key: Matrix
+    """In cross-attention it reads the memory, as `value` does."""
+    value: Matrix
+    head_dim: int
+    """Width of a head of queries and keys; head h is their outputs from h * head_dim on."""
+    scale: float
+    """Factor on the dot products."""
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the queries."""
+        return self.query.view().shape[0] // self.head_dim
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of the keys, each serving `num_heads / num_kv_heads` neighbouring heads of the queries."""
+        return self.key.view().shape[0] // self.head_dim
+
+
+@dataclass(frozen=True)
 class Branch:
     """One residual branch: what reads the stream, what is added to it, and the norms around."""
 
@@ -83,8 +111,8 @@ class Branch:
     """The module whose call returns the branch, before dropout, alone or first in a tuple."""
     inputs: tuple[Matrix, ...]
     """All linear maps that read the stream (pre-norm: the normalized stream)."""
-    value: Matrix | None = None
-    """The values' map of an attention."""
+    attention: Attention | None = None
+    """What an attention is made of; None in a feed-forward branch."""
     norm: NormPlace | None = None
     """The norm before the branch (pre, peri) or after the sum (post)."""
     taps: tuple[Tap, ...] = ()
@@ -93,6 +121,11 @@ class Branch:
     """Whether the stream is (batch, seq, dim) rather than (seq, batch, dim)."""
     uses: int = 1
     """How often the model holds this layer: more than once where layers share all their weights."""
+
+    @property
+    def value(self) -> Matrix | None:
+        """The values' map of an attention."""
+        return None if self.attention is None else self.attention.value
 
     @property
     def dim(self) -> int:

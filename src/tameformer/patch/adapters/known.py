@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tameformer.patch.adapters.branch import Branch, Kind, Matrix, NormPlace, Placement, Tap
+from tameformer.patch.adapters.branch import Attention, Branch, Kind, Matrix, NormPlace, Placement, Tap
 
 Family = Callable[[str, nn.Module], list[Branch] | None]
 
@@ -27,6 +27,14 @@ def _linear(prefix: str, parent: nn.Module, attribute: str) -> Matrix:
 
 def _linears(prefix: str, parent: nn.Module, *attributes: str) -> list[Matrix]:
     return [_linear(prefix, parent, attribute) for attribute in attributes]
+
+
+def _attention(name: str, module: nn.Module, query: Matrix, key: Matrix, value: Matrix, **more) -> Attention:
+    """The width of a head, and the scale where it is not the usual one, are attributes of the module."""
+    words = ("head_dim", "attention_head_size", "key_value_proj_dim")
+    head_dim = next(getattr(module, word) for word in words if hasattr(module, word))
+    scale = more.get("scale", getattr(module, "scaling", head_dim**-0.5))
+    return Attention(name, module, query, key, value, head_dim=head_dim, scale=scale)
 
 
 def _is_transposed(module: nn.Module) -> bool:
@@ -76,7 +84,9 @@ def ours(name: str, block: nn.Module) -> list[Branch] | None:
             is_cross = attribute == "cross_attention"
             kind: Kind = "cross_attention" if is_cross else "attention"
             inputs = [query] if is_cross else [query, key, value]
-            found.append(_branch(prefix, name, kind, placement, last or out, inputs, value=value, **more))
+            scale = {} if getattr(branch.attend, "scale", None) is None else {"scale": branch.attend.scale}
+            attention = _attention(path, branch, query, key, value, **scale)
+            found.append(_branch(prefix, name, kind, placement, last or out, inputs, attention=attention, **more))
         elif hasattr(branch, "up") and hasattr(branch, "down"):
             inputs = _linears(path, branch, *(["gate", "up"] if hasattr(branch, "gate") else ["up"]))
             down = _linear(path, branch, "down")
@@ -138,7 +148,7 @@ def _multi_head(
         placement,
         output,
         [query] if kind == "cross_attention" else [query, key, value],
-        value=value,
+        attention=_attention(path, attention, query, key, value),
         result=attention,
         norm=_norm(name, block, norm),
         taps=(tap,),
@@ -155,7 +165,7 @@ def bert(name: str, block: nn.Module) -> list[Branch] | None:
     if not _has(block, *parts):
         return None
 
-    def placed(path: str, kind: Kind, inputs: Sequence[Matrix], value: Matrix | None = None) -> Branch:
+    def placed(path: str, kind: Kind, inputs: Sequence[Matrix], attention: Attention | None = None) -> Branch:
         prefix, module = (f"{name}.{path}" if path else name), block.get_submodule(path) if path else block
         output: Any = module.output
         return _branch(
@@ -165,16 +175,20 @@ def bert(name: str, block: nn.Module) -> list[Branch] | None:
             "post",
             _linear(f"{prefix}.output", output, "dense"),
             inputs,
-            value=value,
+            attention=attention,
             norm=_norm(f"{prefix}.output", output, "LayerNorm"),
             taps=(Tap(output, position=1, keyword="input_tensor"),),
         )
 
-    query, key, value = _linears(name, block, *(f"attention.self.{word}" for word in ("query", "key", "value")))
-    found = [placed("attention", "attention", [query, key, value], value)]
+    def attends(path: str) -> Attention:
+        query, key, value = _linears(name, block, *(f"{path}.{word}" for word in ("query", "key", "value")))
+        return _attention(f"{name}.{path}", block.get_submodule(path), query, key, value)
+
+    own = attends("attention.self")
+    found = [placed("attention", "attention", [own.query, own.key, own.value], own)]
     if has_cross:
-        query, value = _linears(name, block, "crossattention.self.query", "crossattention.self.value")
-        found.append(placed("crossattention", "cross_attention", [query], value))
+        cross = attends("crossattention.self")
+        found.append(placed("crossattention", "cross_attention", [cross.query], cross))
     found.append(placed("", "feed_forward", _linears(name, block, "intermediate.dense")))
     return found
 
@@ -188,9 +202,10 @@ def distilbert(name: str, block: nn.Module) -> list[Branch] | None:
     up, down = _linears(name, block, "ffn.lin1", "ffn.lin2")
     first = _norm(name, block, "sa_layer_norm")
     entry, after = Tap(block, keyword="hidden_states"), Tap(first.module, leaves=True)
-    inputs = [query, key, value]
+    inputs, label = [query, key, value], f"{name}.attention"
+    attention = _attention(label, block.get_submodule("attention"), query, key, value)
     return [
-        _branch(f"{name}.attention", name, "attention", "post", out, inputs, value=value, norm=first, taps=(entry,)),
+        _branch(label, name, "attention", "post", out, inputs, attention=attention, norm=first, taps=(entry,)),
         _branch(
             f"{name}.ffn",
             name,
@@ -225,7 +240,6 @@ def _two_pre(
     name: str, block: nn.Module, letters: list[str], first: str, second: str, ups: list[str], down: str
 ) -> list[Branch]:
     query, key, value, out = _linears(name, block, *letters)
-    inputs = [query, key, value]
     attention, feed_forward = letters[0].rpartition(".")[0], down.rpartition(".")[0]
     return [
         _branch(
@@ -234,8 +248,8 @@ def _two_pre(
             "attention",
             "pre",
             out,
-            inputs,
-            value=value,
+            [query, key, value],
+            attention=_attention(f"{name}.{attention}", block.get_submodule(attention), query, key, value),
             norm=_norm(name, block, first),
         ),
         _branch(
@@ -261,13 +275,16 @@ def gpt2(name: str, block: nn.Module) -> list[Branch] | None:
     dim = fused.view().shape[0] // 3
     query, key, value = (_rows(fused, i * dim, (i + 1) * dim) for i in range(3))
     out = _linear(name, block, "attn.c_proj")
-    inputs, norm = [query, key, value], _norm(name, block, "ln_1")
-    found = [_branch(f"{name}.attn", name, "attention", "pre", out, inputs, value=value, norm=norm)]
+    inputs, norm, label = [query, key, value], _norm(name, block, "ln_1"), f"{name}.attn"
+    attention = _attention(label, block.get_submodule("attn"), query, key, value)
+    found = [_branch(label, name, "attention", "pre", out, inputs, attention=attention, norm=norm)]
     if has_cross:
-        value = _rows(_linear(name, block, cross[0]), dim, 2 * dim)
+        fused = _linear(name, block, cross[0])
+        key, value = _rows(fused, 0, dim), _rows(fused, dim, 2 * dim)
         query, out = _linears(name, block, cross[1], cross[2])
         norm, label = _norm(name, block, "ln_cross_attn"), f"{name}.crossattention"
-        found.append(_branch(label, name, "cross_attention", "pre", out, [query], value=value, norm=norm))
+        attention = _attention(label, block.get_submodule("crossattention"), query, key, value)
+        found.append(_branch(label, name, "cross_attention", "pre", out, [query], attention=attention, norm=norm))
     up, down = _linears(name, block, "mlp.c_fc", "mlp.c_proj")
     found.append(_branch(f"{name}.mlp", name, "feed_forward", "pre", down, [up], norm=_norm(name, block, "ln_2")))
     return found
@@ -297,12 +314,14 @@ def t5(name: str, block: nn.Module) -> list[Branch] | None:
         if kind == "feed_forward":
             ups = ["wi_0", "wi_1"] if hasattr(part.DenseReluDense, "wi_0") else ["wi"]
             inputs = _linears(prefix, part, *(f"DenseReluDense.{up}" for up in ups))
-            output, value = _linear(prefix, part, "DenseReluDense.wo"), None
+            output, attention = _linear(prefix, part, "DenseReluDense.wo"), None
         else:
             path = "SelfAttention" if kind == "attention" else "EncDecAttention"
             query, key, value, output = _linears(prefix, part, *(f"{path}.{letter}" for letter in "qkvo"))
             inputs = [query, key, value] if kind == "attention" else [query]
-        found.append(_branch(prefix, name, kind, "pre", output, inputs, value=value, norm=norm))
+            owner = part.get_submodule(path)
+            attention = _attention(f"{prefix}.{path}", owner, query, key, value, scale=1.0)
+        found.append(_branch(prefix, name, kind, "pre", output, inputs, attention=attention, norm=norm))
     return found
 
 
@@ -335,13 +354,13 @@ def bart(name: str, block: nn.Module) -> list[Branch] | None:
             placement,
             out,
             [query, key, value],
-            value=value,
+            attention=_attention(f"{name}.self_attn", block.get_submodule("self_attn"), query, key, value),
             norm=_norm(name, block, "self_attn_layer_norm"),
             taps=(taps[0],),
         )
     ]
     if has_cross:
-        query, _, value, out = _linears(name, block, *other)
+        query, key, value, out = _linears(name, block, *other)
         norm = _norm(name, block, "encoder_attn_layer_norm")
         found.append(
             _branch(
@@ -351,7 +370,7 @@ def bart(name: str, block: nn.Module) -> list[Branch] | None:
                 placement,
                 out,
                 [query],
-                value=value,
+                attention=_attention(f"{name}.encoder_attn", block.get_submodule("encoder_attn"), query, key, value),
                 norm=norm,
                 taps=(taps[1],),
             )
