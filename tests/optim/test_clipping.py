@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tameformer.optim import clip_norm
-from tameformer.optim.clipping import _clip_norm_on_device
+from tameformer.optim.clipping import _factor_on_device
 
 
 def parameters_with(gradients):
@@ -53,10 +53,31 @@ def test_without_a_bound_nothing_is_changed_and_without_gradients_the_norm_is_ze
 def test_the_path_for_devices_does_the_same():
     gradients = [torch.randn(4, 4), torch.randn(7)]
     on_cpu, on_device = parameters_with(gradients), parameters_with(gradients)
-    norm = _clip_norm_on_device([parameter.grad for parameter in on_device], 0.5)
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in on_device])
+    torch._foreach_mul_([parameter.grad for parameter in on_device], _factor_on_device(norm, 0.5))
     torch.testing.assert_close(clip_norm(on_cpu, 0.5), norm)
     for one, other in zip(on_cpu, on_device, strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7)
-    bad = [torch.tensor([torch.nan]), torch.ones(1)]
-    assert _clip_norm_on_device(bad, 0.5).isnan()
-    assert bad[1] == 1.0
+    bad = parameters_with([torch.tensor([torch.nan]), torch.ones(1)])
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in bad])
+    assert norm.isnan()
+    assert _factor_on_device(norm, 0.5) == 1.0
+    assert _factor_on_device(torch.tensor(0.25), 0.5) == 1.0
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_the_norm_of_each_gradient_after_clipping_is_told(max_norm):
+    parameters = [nn.Parameter(torch.zeros(2)), *parameters_with([torch.randn(4, 4), torch.randn(7)])]
+    told = []
+    clip_norm(parameters, max_norm, tell_norms=lambda *norms: told.append(norms))
+    ((owners, norms),) = told
+    assert [id(owner) for owner in owners] == [id(parameter) for parameter in parameters[1:]]
+    torch.testing.assert_close(norms, torch.stack([parameter.grad.norm() for parameter in parameters[1:]]))
+
+
+def test_norms_that_are_not_good_enough_are_not_told():
+    def refuse(*_):
+        raise AssertionError
+
+    for gradients in ([torch.ones(2).bfloat16()], [torch.ones(2), torch.ones(2).double()]):
+        clip_norm(parameters_with(gradients), 0.5, tell_norms=refuse)

@@ -1,10 +1,15 @@
+import json
+
 import pytest
 import torch
 from torch import nn
 
 from tameformer.models import EncoderConfig, encoder
+from tameformer.optim import clip_norm
 from tameformer.patch import Observation
+from tameformer.probes import Watch, gradients
 from tameformer.probes.gradients import GradientNorm, GradientOverEpsilon
+from tameformer.recipes.launch import train
 
 
 def bert():
@@ -163,3 +168,41 @@ def test_a_step_without_gradients_leaves_nothing_of_the_step_before():
     with Observation(model, probes, optimizers=[optimizer]).watching():
         optimizer.step()
     assert [probe.read() for probe in probes] == [{}, {}]
+
+
+def test_norms_that_clipping_computed_are_taken_over(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    groups = [
+        {"params": [model[1].weight, model[0].bias]},
+        {"params": [model[0].weight, model[1].bias]},
+    ]  # another order
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    watch = Watch(model, [(GradientNorm(model), 1)], optimizers=[optimizer])
+
+    def step(watch, tell_norms):
+        with watch.watching(1):
+            model(torch.randn(2, 5, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+            clip_norm((p for group in groups for p in group["params"]), 0.01, tell_norms=tell_norms)
+            optimizer.step()
+        optimizer.zero_grad()
+        return watch.read()
+
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    own = step(watch, None)
+    model.load_state_dict(state)
+    with monkeypatch.context() as patched:
+        patched.setattr(gradients, "_norms", lambda _: pytest.fail("the gradients were read again"))
+        taken = step(watch, watch.tell_norms)
+    torch.testing.assert_close(taken, own)
+    assert torch.stack(list(own.values())).norm() == pytest.approx(0.01)
+    assert step(watch, None).keys() == own.keys()  # what was told of one step does not serve the next
+
+
+def test_the_training_loop_hands_them_on(monkeypatch, tmp_path):
+    monkeypatch.setattr(gradients, "_norms", lambda _: pytest.fail("the gradients were read again"))
+    overrides = {"max_steps": 2, "output_dir": str(tmp_path), "probes": {"grad_norm": 1, "grad_rms_over_epsilon": 2}}
+    train("vit-digits", overrides=overrides)
+    (first, second) = map(json.loads, (tmp_path / "probes.jsonl").read_text().splitlines())
+    assert any(key.startswith("diag/grad_norm/") for key in first)
+    assert any(key.startswith("diag/grad_rms_over_epsilon/") for key in second)

@@ -5,13 +5,16 @@ References:
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+Norms = Callable[[Sequence[nn.Parameter], Tensor], None]
+"""Takes the parameters that have a gradient, and the norm of each gradient after clipping, (parameters,)."""
 
-def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+
+def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float | None, *, tell_norms: Norms | None = None) -> Tensor:
     """Scale all gradients so that their joint L2 norm is at most `max_norm`; returns the norm before.
 
     A non-finite norm is returned as it is. Then the gradients are left untouched: multiplying by NaN or by 1/inf would
@@ -20,6 +23,8 @@ def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Ten
     Args:
         parameters: Those without a gradient are passed over.
         max_norm: None measures and does not clip.
+        tell_norms: Called with the norm of each gradient, which costs nothing more; not called for gradients that are sharded,
+            of several types, or narrower than fp32, whose norms are not known one by one or not well enough.
 
     Returns:
         The norm before clipping, a scalar on the gradients' device; 0 when there is no gradient.
@@ -30,28 +35,43 @@ def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Ten
         >>> clip_norm([weight], 1.0), weight.grad
         (tensor(5.), tensor([0.6000, 0.8000]))
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients or not _plain_on_cpu(gradients):
-        return _clip_norm_on_device(gradients, max_norm)
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))  # pyright: ignore
-    value = norm.item()  # no device waits for this one, and most steps need no second pass over the gradients
-    if max_norm is not None and max_norm < value < math.inf:
-        torch._foreach_mul_(gradients, max_norm / value)  # pyright: ignore
+    trained = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    if not gradients or not _alike(gradients):
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if hasattr(norm, "full_tensor"):  # the norm of the shards is not yet the norm
+            norm = norm.full_tensor()  # pyright: ignore
+        _scale(gradients, norm, max_norm)
+        return norm
+    norms = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore
+    norm = torch.linalg.vector_norm(norms)
+    factor = _scale(gradients, norm, max_norm)
+    if tell_norms is not None and norms.dtype.itemsize >= 4:
+        tell_norms(trained, norms * factor)
     return norm
 
 
-def _clip_norm_on_device(gradients: list[Tensor], max_norm: float | None) -> Tensor:
-    """As `clip_norm`, without waiting for the device; also for gradients that are sharded over processes."""
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if hasattr(norm, "full_tensor"):  # the norm of the shards is not yet the norm
-        norm = norm.full_tensor()  # pyright: ignore
-    if max_norm is not None and gradients:
-        factor = torch.where(norm.isfinite(), (max_norm / norm).clamp(max=1.0), torch.ones_like(norm))
+def _scale(gradients: list[Tensor], norm: Tensor, max_norm: float | None) -> Tensor | float:
+    """Multiply by the factor that brings the norm to its bound, and return it."""
+    if max_norm is None or not gradients:
+        return 1.0
+    if norm.device.type != "cpu":
+        factor = _factor_on_device(norm, max_norm)
         torch._foreach_mul_(gradients, factor)  # pyright: ignore
-    return norm
+        return factor
+    value = norm.item()  # no device waits for this one, and most steps need no second pass over the gradients
+    if not max_norm < value < math.inf:
+        return 1.0
+    torch._foreach_mul_(gradients, max_norm / value)  # pyright: ignore
+    return max_norm / value
 
 
-def _plain_on_cpu(tensors: list[Tensor]) -> bool:
-    """Whether each is an ordinary tensor in this process's memory, all of one type."""
-    first = tensors[0].dtype
-    return all(type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.dtype == first for tensor in tensors)
+def _factor_on_device(norm: Tensor, max_norm: float) -> Tensor:
+    """1 for a norm that is within the bound or not finite; nobody waits for the device."""
+    return torch.where(norm.isfinite(), (max_norm / norm).clamp(max=1.0), torch.ones_like(norm))
+
+
+def _alike(tensors: list[Tensor]) -> bool:
+    """Whether each is an ordinary tensor, all of one type and on one device."""
+    first = tensors[0]
+    return all(type(one) is Tensor and one.device == first.device and one.dtype == first.dtype for one in tensors)

@@ -44,10 +44,16 @@ class GradientNorm(Probe):
         ]
         self._measured: tuple[tuple[tuple[str, nn.Parameter], ...], Tensor] | None = None
         self._rows: dict[tuple[str, ...], Tensor] = {}
+        self._told: tuple[tuple[int, ...], Tensor] | None = None
+        self._order: tuple[tuple[int, ...], tuple[int, ...], Tensor] | None = None
 
     def on_begin(self) -> None:
         """Forget the last step."""
-        self._measured = None
+        self._measured = self._told = None
+
+    def take_norms(self, parameters: Sequence[nn.Parameter], norms: Tensor) -> None:
+        """Keep what clipping has computed, to spare the gradients another pass."""
+        self._told = tuple(map(id, parameters)), norms
 
     @torch.no_grad()
     def on_gradients(self) -> None:
@@ -64,10 +70,19 @@ class GradientNorm(Probe):
             parameters.append((name, parameter))
             gradients.append(gradient.coalesce().values() if gradient.is_sparse else gradient)
         if gradients:
-            # `get_total_norm` makes the same call and keeps the total only; called once a module it takes twice as long.
-            norms = torch._foreach_norm(gradients, 2, torch.float32)  # pyright: ignore
-            device = norms[0].device
-            self._measured = tuple(parameters), torch.stack([norm.to(device, non_blocking=True) for norm in norms])
+            told = self._from_clipping([id(parameter) for _, parameter in parameters])
+            self._measured = tuple(parameters), _norms(gradients) if told is None else told
+
+    def _from_clipping(self, wanted: Sequence[int]) -> Tensor | None:
+        """The norms in the order wanted, where clipping told them all."""
+        if self._told is None or not set(wanted) <= set(self._told[0]):
+            return None
+        known, norms = self._told
+        if self._order is None or self._order[:2] != (known, tuple(wanted)) or self._order[2].device != norms.device:
+            places = {key: place for place, key in enumerate(known)}
+            order = torch.tensor([places[key] for key in wanted], device=norms.device)
+            self._order = known, tuple(wanted), order  # one copy to the device, not one a step
+        return norms[self._order[2]].float()
 
     def measured(self) -> tuple[Sequence[tuple[str, nn.Parameter]], Tensor]:
         """The parameters that had a gradient in the last observed step, by name, and the norms of their gradients."""
@@ -121,6 +136,10 @@ class GradientOverEpsilon(Probe):
         """Forget the last step."""
         self.norms.on_begin()
 
+    def take_norms(self, parameters: Sequence[nn.Parameter], norms: Tensor) -> None:
+        """Keep what clipping has computed."""
+        self.norms.take_norms(parameters, norms)
+
     def on_gradients(self) -> None:
         """Take the norms unless they are taken."""
         self.norms.on_gradients()
@@ -165,6 +184,13 @@ class GradientOverEpsilon(Probe):
                     "in no optimizer" if kind is None else f"{kind} has eps={epsilon!r}, not a number above 0"
                 )
         return usable
+
+
+def _norms(gradients: Sequence[Tensor]) -> Tensor:
+    """Their L2 norms, (gradients,), in fp32."""
+    # `get_total_norm` makes the same call and keeps the total only; called once a module it takes twice as long.
+    norms = torch._foreach_norm(gradients, 2, torch.float32)  # pyright: ignore
+    return torch.stack([norm.to(norms[0].device, non_blocking=True) for norm in norms])
 
 
 def by_owner(names: Sequence[str]) -> dict[str, list[int]]:

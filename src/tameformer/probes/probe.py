@@ -1,8 +1,8 @@
 """What a probe is: an observer that has something to read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tameformer.patch import Observer
 
@@ -12,6 +12,9 @@ class Probe(Observer):
 
     unseen: Mapping[str, str] = {}
     """What it could not measure, and why, by name."""
+
+    def take_norms(self, parameters: Sequence[nn.Parameter], norms: Tensor) -> None:
+        """Told, before `on_gradients`, of the norms of gradients that clipping computed anyway; never owed."""
 
     def read(self) -> Mapping[str, Tensor]:
         """What the last observed step gave, on the device, by `diag/<quantity>/<layer>`; a vector has a value a head."""

@@ -50,6 +50,16 @@ class Watch:
         with self.observation.watching(self._due):
             yield
 
+    def tell_norms(self, parameters: Sequence[nn.Parameter], norms: Tensor) -> None:
+        """Hand on the norms of gradients that clipping computed anyway, so that no probe reads those gradients again.
+
+        Args:
+            parameters: Those that have a gradient.
+            norms: L2 norm of the gradient of each, as the optimizer gets it, (parameters,).
+        """
+        for probe in self._due:
+            probe.take_norms(parameters, norms)
+
     def read(self) -> dict[str, Tensor]:
         """What the last observed step gave; nothing when no forward pass counted."""
         if not self.observation.seen_a_pass:

@@ -114,6 +114,7 @@ class Loop:
                         micro_batches,
                         run.loss,
                         max_grad_norm=run.max_grad_norm,
+                        tell_norms=None if watch is None else watch.tell_norms,
                         stop_requested=self.stop.signal_number is not None,
                     )
                 self._write_lines()  # the last step's numbers have come while this one was launched

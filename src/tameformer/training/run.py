@@ -51,6 +51,10 @@ class Watch(Protocol):
         """Measure that step, which runs inside."""
         ...
 
+    def tell_norms(self, parameters: Sequence[nn.Parameter], norms: Tensor) -> None:
+        """The norms of the gradients of that step as the optimizers get them, where clipping computed them anyway."""
+        ...
+
     def read(self) -> Mapping[str, Tensor]:
         """What the last watched step gave, on the device, by `diag/<quantity>/<layer>`; a vector has a value a head."""
         ...

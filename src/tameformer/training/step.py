@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tameformer.optim import clip_norm
+from tameformer.optim.clipping import Norms
 from tameformer.training.engine import Engine
 
 Batch = Mapping[str, Any]
@@ -38,6 +39,7 @@ def train_step(
     loss: Loss,
     *,
     max_grad_norm: float | None,
+    tell_norms: Norms | None = None,
     stop_requested: bool = False,
 ) -> StepResult:
     """Update the weights once.
@@ -53,6 +55,7 @@ def train_step(
         micro_batches: This process's share of the step, not empty.
         loss: Sum over the targets of a batch.
         max_grad_norm: None measures the norm and does not clip.
+        tell_norms: Given the norms of single gradients that clipping computes anyway.
         stop_requested: This process's wish to stop; the answer is common to all processes.
     """
     num_items, stops = engine.sum([sum(batch["num_items"] for batch in micro_batches), stop_requested])
@@ -65,7 +68,8 @@ def train_step(
                 batch_loss = loss(model, engine.place(batch))
             batch_loss.backward(scale)
         losses.append(batch_loss.detach())
-    grad_norm = clip_norm((p for o in optimizers for group in o.param_groups for p in group["params"]), max_grad_norm)
+    parameters = (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    grad_norm = clip_norm(parameters, max_grad_norm, tell_norms=tell_norms)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
