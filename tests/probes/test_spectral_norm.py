@@ -13,6 +13,8 @@ from tameformer.probes import spectral_norm
 from tameformer.probes.gradients import GradientNorm
 from tameformer.probes.spectral_norm import SpectralNorm, power_step, stable_rank
 from tameformer.probes.update_ratio import UpdateRatio
+from tameformer.stabilizers.layer_scale import layer_scale
+from tameformer.stabilizers.sigma_reparam import sigma_reparam
 
 
 def gpt2():
@@ -207,3 +209,29 @@ def test_the_global_generator_is_not_used():
 def test_refuses_no_step():
     with pytest.raises(ValueError, match="got cold_steps=0 and steps=1"):
         SpectralNorm(nn.Linear(2, 2), cold_steps=0)
+
+
+def test_norms_that_sigma_reparam_knows_are_taken_over():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+    handle = sigma_reparam(model)
+    for gamma in handle.new_parameters:
+        gamma.data.mul_(-1.5)
+    probe = SpectralNorm(model)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(spectral_norm, "_loop_step", lambda *_: pytest.fail("a power step was taken"))
+        values = observe(model, probe)
+    layer = model.layers[0]
+    weights = {"linear1": layer.linear1.weight, "linear2": layer.linear2.weight}
+    weights["self_attn.out_proj"] = layer.self_attn.out_proj.weight
+    weights |= {f"self_attn.in_proj[{i}]": part for i, part in enumerate(layer.self_attn.in_proj_weight.chunk(3))}
+    assert len(values) == 2 * len(weights)
+    for name, weight in weights.items():
+        norm, rank = by_svd(weight)
+        torch.testing.assert_close(values[f"diag/spectral_norm/layers.0.{name}"], norm, rtol=1e-5, atol=0)
+        torch.testing.assert_close(values[f"diag/stable_rank/layers.0.{name}"], rank, rtol=1e-5, atol=0)
+    assert not probe.unseen
+    layer_scale(model, init=0.5)  # one more on some of them: what either knows is no longer the whole
+    probe = SpectralNorm(model)
+    assert "diag/spectral_norm/layers.0.linear1" in observe(model, probe)
+    assert set(probe.unseen) == {"layers.0.linear2.weight", "layers.0.self_attn.out_proj.weight"}

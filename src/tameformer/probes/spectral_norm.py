@@ -6,6 +6,7 @@ hundreds of times as much. Every estimate is at most the true norm.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -73,6 +74,9 @@ class SpectralNorm(Probe):
     weights once, under their first name. A weight that changes all at once, by loading a checkpoint say, takes about
     twenty observed steps to be followed.
 
+    A weight that a parametrization computes is measured where that has a method `spectra`, as sigmaReparam's has, which knows
+    the norm: each of its parts, under `<weight>[0]` and so on where there are several.
+
     Args:
         model: Whose parameters.
         where: Which ones; by default all matrices, without embeddings.
@@ -86,6 +90,9 @@ class SpectralNorm(Probe):
         self.cold_steps, self.steps = cold_steps, steps
         self.unseen = self._unseen = {}
         self._slots = weight_slots(model, where, self._unseen)
+        self._known = _known_spectra(model)
+        for name in self._known:
+            self._unseen.pop(name, None)
         self._right: dict[tuple[str, ...], Tensor] = {}  # by the names of matrices that go through products together
         self._values: dict[str, Tensor] = {}
 
@@ -107,6 +114,18 @@ class SpectralNorm(Probe):
                 rank = _rank(square, sigma)
             self._values.update(zip((f"diag/spectral_norm/{name}" for name in names), sigma.unbind(), strict=True))
             self._values.update(zip((f"diag/stable_rank/{name}" for name in names), rank.unbind(), strict=True))
+
+        for name, chain in self._known.items():
+            if type(chain.original) is not nn.Parameter:
+                self._unseen[name] = f"a {type(chain.original).__name__}, of which this process may hold a part only"
+                continue
+            norms, squares = cast(Any, chain[0]).spectra()
+            labels = (
+                [weight_label(name)] if len(norms) == 1 else [f"{weight_label(name)}[{i}]" for i in range(len(norms))]
+            )
+            ranks = _rank(squares, norms)
+            self._values.update(zip((f"diag/spectral_norm/{label}" for label in labels), norms.unbind(), strict=True))
+            self._values.update(zip((f"diag/stable_rank/{label}" for label in labels), ranks.unbind(), strict=True))
 
     def read(self) -> Mapping[str, Tensor]:
         """One value a matrix: its spectral norm and its stable rank."""
@@ -143,6 +162,18 @@ def weight_slots(model: nn.Module, where: Where, unseen: dict[str, str]) -> dict
             elif not isinstance(module, _ConvNd) and sum(length > 1 for length in parameter.shape) > 2:
                 unseen[full] = f"{parameter.dim()} axes {tuple(parameter.shape)}: not one matrix"
     return slots
+
+
+def _known_spectra(model: nn.Module) -> dict[str, ParametrizationList]:
+    """By the name of the weight, lone parametrizations that know its spectrum; each once."""
+    found: dict[str, ParametrizationList] = {}
+    taken: set[nn.Module] = set()
+    for name, module in unwrapped(model).named_modules():
+        if isinstance(module, ParametrizationList) and len(module) == 1 and module[0] not in taken:
+            taken.add(module[0])
+            if hasattr(module[0], "spectra"):
+                found[name.replace("parametrizations.", "")] = module
+    return found
 
 
 def weight_label(name: str) -> str:

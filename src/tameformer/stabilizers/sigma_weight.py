@@ -112,6 +112,18 @@ class SigmaReparam(nn.Module):
         with _full_precision(self.left.device):
             return _EffectiveWeight.apply(self.weight, self.gamma, self.left, self)  # pyright: ignore[reportReturnType]
 
+    @torch.no_grad()
+    def spectra(self) -> tuple[Tensor, Tensor]:
+        """Spectral norm and squared Frobenius norm of each part of the effective weight, (parts,) both.
+
+        The spectral norm is |gamma|, as near as the singular vectors follow the weight: no power step is needed for it.
+        """
+        with _full_precision(self.left.device):
+            matrices, lefts = self._matrices(self.weight.detach()), self.parts.split(self.left)
+            sigmas = torch.stack([image_and_sigma(*one)[1] for one in zip(matrices, lefts, strict=True)])
+            squares = torch.stack([_dot(one, one) for one in matrices])
+            return self.gamma.abs(), squares * (self.gamma / sigmas).square()
+
     def reset_parameters(self) -> None:
         """Start over from the stored weight as it is now: after values were given to a model built on the meta device."""
         self._reset(self.weight)
