@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    from tameformer.studies import compare
     "Diagnosis": "tameformer.health",
     "Monitor": "tameformer.health",
     "PatchHandle": "tameformer.patch",
@@ -33,6 +34,7 @@ _HOMES = {
     "attention_entropy": "tameformer.nn.attention.entropy",
     "diagnose": "tameformer.health",
     "admin": "tameformer.stabilizers",
+    "compare": "tameformer.studies",
     "deepnorm": "tameformer.stabilizers",
     "depth_scaled_init": "tameformer.stabilizers",
     "layer_scale": "tameformer.stabilizers",
@@ -54,6 +56,7 @@ __all__ = [
     "depth_scaled_init",
     "diagnose",
     "layer_scale",
+    "compare",
     "peri_norm",
     "rezero",
     "sigma_reparam",

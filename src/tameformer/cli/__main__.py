@@ -13,6 +13,7 @@ Train Transformers that do not fall over.
 commands:
   train [RECIPE] [--a.b=value ...]   train from a recipe; without one, a vision transformer on handwritten digits
   diagnose MODEL_OR_RUN              health of a run's checkpoint or a Hugging Face folder, layer by layer
+  compare RECIPE --vary a.b=1,2      the recipe over a grid of settings and seeds: table, curves, learning-rate sensitivity
   report RUN [RUN ...]               one self-contained HTML page from run folders
   methods                            what makes a model stable, one line each
   recipes                            the recipes there are, one line each
@@ -26,7 +27,7 @@ examples:
 `tame COMMAND --help` says more. Exit codes: 0 finished, 1 error, 2 usage, 3 diverged,
 130 and 143 stopped by Ctrl-C or SIGTERM after a save.
 """
-COMMANDS = {name: f"tameformer.cli.{name}" for name in ("train", "diagnose", "report", "methods", "recipes")}
+COMMANDS = {name: f"tameformer.cli.{name}" for name in ("train", "diagnose", "compare", "report", "methods", "recipes")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,184 @@
+"""Runs side by side over a grid of settings and seeds: what a method gains, and how wide a range of rates it stands."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tameformer import config as configuration
+from tameformer.errors import ConfigError
+from tameformer.recipes import catalogue
+from tameformer.record import write_atomically
+from tameformer.studies.cells import EXIT, state_of, try_lock
+from tameformer.studies.grid import Grid, make_grid
+from tameformer.studies.results import LOSS, USABLE, Results, read_results
+from tameformer.studies.workers import FolderQueue, Running, places, train_command, work
+from tameformer.studies.write import write_results
+from tameformer.training.signals import StopRequest
+
+GRID = "grid.json"
+
+
+def compare(
+    recipe: str,
+    *,
+    vary: Mapping[str, Sequence[Any]],
+    seeds: int | Sequence[int] = 3,
+    overrides: Mapping[str, Any] | None = None,
+    output_dir: str | Path | None = None,
+    jobs: int | None = None,
+    metric: str = LOSS,
+    usable: float = USABLE,
+    retry_failed: bool = False,
+) -> Results:
+    """Train a recipe over a grid of settings and seeds, several runs at a time, and compare what they reach.
+
+    Called again, it goes on: finished runs are read, interrupted ones resumed, and values and seeds may be added.
+
+    Args:
+        recipe: A name that `tame recipes` lists, or the path of a YAML file.
+        vary: Keys, and the values each takes; the first value is what the others are compared with. For `stabilize` a
+            value is a method, several joined by `+`, or `none`.
+        seeds: How many (0, 1, ...), or which. All variants see the same data in the same order from the same start.
+        overrides: Changes that all runs share.
+        output_dir: Where the run folders and the results go; None takes runs/compare-RECIPE.
+        jobs: Runs at a time; None runs one a GPU, or one a core.
+        metric: What is compared, such as `eval/accuracy`.
+        usable: Share of what training can gain that a usable rate may miss.
+        retry_failed: Run those again that failed; without it they stay as they are.
+
+    Returns:
+        The results; `compare.html`, `compare.json` and `compare.csv` in the folder hold them, too.
+
+    Raises:
+        ConfigError: Unknown key or bad value in any cell, or a folder that belongs to another comparison.
+
+    Example:
+        >>> import tempfile
+        >>> found = compare(
+        ...     "vit-digits",
+        ...     vary={"model.dim": [8, 16]},
+        ...     seeds=1,
+        ...     overrides={"max_steps": 2, "data.batch_size": 300},
+        ...     output_dir=tempfile.mkdtemp(),
+        ... )
+        >>> [(row.choices[0].label, row.count("finished")) for row in found.rows]
+        [('8', 1), ('16', 1)]
+    """
+    arguments = [f"--{key}={_as_argument(value)}" for key, value in configuration.flatten(overrides or {}).items()]
+    grid = make_grid(recipe, arguments, vary, range(seeds) if isinstance(seeds, int) else seeds)
+    folder = default_folder(recipe) if output_dir is None else Path(output_dir)
+    with StopRequest() as stop:
+        run_grid(grid, folder, jobs=jobs, retry_failed=retry_failed, stop=stop)
+    return conclude(folder, grid, metric=metric, usable=usable)
+
+
+def _as_argument(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def default_folder(recipe: str) -> Path:
+    """Where a comparison goes that was given no folder."""
+    return Path("runs") / f"compare-{Path(recipe).stem}"
+
+
+def run_grid(
+    grid: Grid,
+    folder: Path,
+    *,
+    jobs: int | None,
+    retry_failed: bool,
+    stop: StopRequest,
+    on_change: Callable[[Sequence[Running]], None] = lambda running: None,
+) -> None:
+    """Run what is left of a grid.
+
+    Raises:
+        ConfigError: The folder belongs to another comparison.
+    """
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"jobs must be at least 1, got {jobs}")
+    claim_folder(grid, folder)
+    if retry_failed:
+        forget_failures(grid, folder)
+    build = train_command(grid.recipe, grid.arguments)
+    work(
+        FolderQueue(folder, grid.cells),
+        folder,
+        lambda cell: build(folder, cell),
+        places(jobs, num_gpus=_num_gpus()),
+        stop_requested=lambda: stop.signal_number is not None,
+        on_change=on_change,
+    )
+
+
+def conclude(folder: Path, grid: Grid, *, metric: str, usable: float) -> Results:
+    """Read all cells, and write the results beside them."""
+    results = read_results(folder, grid, metric=metric, tolerance=usable)
+    write_results(results)
+    return results
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def claim_folder(grid: Grid, folder: Path) -> None:
+    """Make the folder this comparison's, or see that it is: values and seeds may be added, nothing else may differ.
+
+    Raises:
+        ConfigError: It belongs to another comparison, or holds something else.
+    """
+    base = catalogue.parse(grid.recipe, list(grid.arguments))
+    described = {
+        "recipe": grid.recipe,
+        "arguments": list(grid.arguments),
+        "vary": {factor.key: [choice.label for choice in factor.choices] for factor in grid.factors},
+        "seeds": list(grid.seeds),
+        "config": {"task": base.task, **_without_the_varied(asdict(base.config), grid)},
+    }
+    path = folder / GRID
+    if path.is_file():
+        _check_growth(json.loads(path.read_text(encoding="utf-8")), described, folder)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} holds something else; give an --output_dir that is new or a comparison's")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(described, indent=1, ensure_ascii=False) + "\n")
+
+
+def _without_the_varied(config: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
+    varied = {"seed", "output_dir", *(factor.key for factor in grid.factors)}
+    flat = configuration.flatten(config)
+    # As JSON gives it back: no tuples.
+    return json.loads(json.dumps({key: value for key, value in flat.items() if key not in varied}))
+
+
+def _check_growth(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:
+    def refuse(what: str) -> None:
+        raise ConfigError(
+            f"{folder} belongs to another comparison: {what}. "
+            f"Values and seeds may be added, nothing else may change; or give another --output_dir"
+        )
+
+    for key, value in new["config"].items():
+        if key in old["config"] and old["config"][key] != value:
+            refuse(f"{key} was {old['config'][key]} and is {value}")
+    if list(old["vary"]) != list(new["vary"]):
+        refuse(f"it varies {', '.join(old['vary']) or 'nothing'}, and this one {', '.join(new['vary']) or 'nothing'}")
+    for key, labels in (*old["vary"].items(), ("seeds", old["seeds"])):
+        given = new["seeds"] if key == "seeds" else new["vary"][key]
+        if missing := [str(label) for label in labels if label not in given]:
+            refuse(f"{key} had {', '.join(missing)}, too")
+
+
+def forget_failures(grid: Grid, folder: Path) -> None:
+    """Let the cells that failed be run again."""
+    for cell in grid.cells:
+        if state_of(folder / cell.name)[0] == "failed" and (lock := try_lock(folder / cell.name)) is not None:
+            import os
+
+            (folder / cell.name / EXIT).unlink()
+            os.close(lock)

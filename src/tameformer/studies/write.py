@@ -1,0 +1,127 @@
+"""The results of a comparison as files: `compare.json` with everything, `compare.csv` with a line a run."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from tameformer.record import encode_number, write_atomically
+from tameformer.studies.results import Results, Row, Variant
+from tameformer.studies.statistics import Interval
+
+JSON, CSV = "compare.json", "compare.csv"
+
+
+def write_results(results: Results) -> tuple[Path, Path]:
+    """Write both files into the comparison's folder; returns their paths."""
+    paths = results.folder / JSON, results.folder / CSV
+    text = json.dumps(_finite(describe(results)), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(paths[0], text + "\n")
+    write_atomically(paths[1], as_csv(results))
+    return paths
+
+
+def describe(results: Results) -> dict[str, Any]:
+    """All that a comparison found, as plain values; docs/compare.md says what each key means."""
+    grid = results.grid
+    return {
+        "recipe": grid.recipe,
+        "arguments": list(grid.arguments),
+        "vary": {factor.key: [choice.label for choice in factor.choices] for factor in grid.factors},
+        "seeds": list(grid.seeds),
+        "metric": results.metric,
+        "loss": results.loss,
+        "initial_source": results.initial_source,
+        "usable_tolerance": results.tolerance,
+        "counts": dict(results.counts()),
+        "rows": [_row(results, row) for row in results.rows],
+        "variants": [_variant(variant, results.variants[0]) for variant in results.variants],
+        "differences": [
+            {
+                "variant": difference.variant,
+                "rate": None if difference.rate is None else difference.rate.number,
+                "at_best_rates": difference.at_best_rates,
+                "difference": _interval(difference.difference),
+            }
+            for difference in results.differences
+        ],
+        "cells": [
+            {
+                "folder": result.cell.name,
+                "values": _values(results, result.cell.choices),
+                "seed": result.cell.seed,
+                "state": result.state,
+                "step": result.reading.step,
+                "message": result.reading.message,
+                "initial": result.initial(results.loss),
+                "metrics": {key: result.value(key) for key in results.metrics},
+            }
+            for result in results.cells
+        ],
+    }
+
+
+def _row(results: Results, row: Row) -> dict[str, Any]:
+    return {
+        "values": _values(results, row.choices),
+        "runs": len(row.results),
+        "finished": row.count("finished"),
+        "diverged": row.count("diverged"),
+        "failed": row.count("failed"),
+        "metrics": {key: _interval(row.metric(key)) for key in results.metrics},
+    }
+
+
+def _variant(variant: Variant, baseline: Variant) -> dict[str, Any]:
+    best = variant.best if variant.rates else None
+    return {
+        "name": variant.name,
+        "sensitivity": _interval(variant.sensitivity),
+        "usable_rates": None if variant.usable is None else list(variant.usable),
+        "highest_usable_rate_to_first": variant.highest_to(baseline),
+        "usable_width_to_first": variant.width_to(baseline),
+        "best_rate": None if best is None else variant.rates[best],
+        "mean_losses": list(variant.mean_losses),
+    }
+
+
+def _values(results: Results, choices: tuple[Any, ...]) -> dict[str, Any]:
+    named = zip(results.grid.factors, choices, strict=True)
+    return {factor.key: choice.label if choice.number is None else choice.number for factor, choice in named}
+
+
+def _interval(found: Interval | None) -> dict[str, Any] | None:
+    return None if found is None else {"mean": found.mean, "half_width": found.half_width, "n": found.n}
+
+
+def _finite(value: Any) -> Any:
+    """NaN and the infinities as their names, at any depth."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return encode_number(value) if isinstance(value, float) else value
+
+
+def as_csv(results: Results) -> str:
+    """One line a run, after one of headings; an empty field is a value that there is not."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    keys = [factor.key for factor in results.grid.factors]
+    writer.writerow(["folder", *keys, "seed", "state", "step", f"initial {results.loss}", *results.metrics, "message"])
+    for result in results.cells:
+        values = [result.value(key) for key in results.metrics]
+        writer.writerow(
+            [
+                result.cell.name,
+                *(choice.label for choice in result.cell.choices),
+                result.cell.seed,
+                result.state,
+                result.reading.step,
+                result.initial(results.loss),
+                *values,
+                result.reading.message,
+            ]
+        )
+    return out.getvalue()
