@@ -1,6 +1,7 @@
 """Runs side by side over a grid of settings and seeds: what a method gains, and how wide a range of rates it stands."""
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -178,7 +179,5 @@ def forget_failures(grid: Grid, folder: Path) -> None:
     """Let the cells that failed be run again."""
     for cell in grid.cells:
         if state_of(folder / cell.name)[0] == "failed" and (lock := try_lock(folder / cell.name)) is not None:
-            import os
-
             (folder / cell.name / EXIT).unlink()
             os.close(lock)

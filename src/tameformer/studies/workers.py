@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from tameformer.studies.cells import EXIT, OUTPUT, SETTLED, State, state_of, try_lock, write_exit
 from tameformer.studies.grid import Cell
@@ -30,6 +30,7 @@ class Running:
     started: float
 
 
+@runtime_checkable
 class Queue(Protocol):
     """Who works on what."""
 
