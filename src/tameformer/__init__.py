@@ -23,18 +23,20 @@ if TYPE_CHECKING:
         sigma_reparam,
         stabilize,
         t_fixup,
+        with_z_loss,
+        z_loss,
     )
+    from tameformer.studies import compare
 
 _HOMES = {
-    from tameformer.studies import compare
     "Diagnosis": "tameformer.health",
     "Monitor": "tameformer.health",
     "PatchHandle": "tameformer.patch",
     "Result": "tameformer.recipes.launch",
     "attention_entropy": "tameformer.nn.attention.entropy",
+    "compare": "tameformer.studies",
     "diagnose": "tameformer.health",
     "admin": "tameformer.stabilizers",
-    "compare": "tameformer.studies",
     "deepnorm": "tameformer.stabilizers",
     "depth_scaled_init": "tameformer.stabilizers",
     "layer_scale": "tameformer.stabilizers",
@@ -44,6 +46,8 @@ _HOMES = {
     "stabilize": "tameformer.stabilizers",
     "t_fixup": "tameformer.stabilizers",
     "train": "tameformer.recipes.launch",
+    "with_z_loss": "tameformer.stabilizers",
+    "z_loss": "tameformer.stabilizers",
 }
 __all__ = [
     "Diagnosis",
@@ -52,17 +56,19 @@ __all__ = [
     "Result",
     "admin",
     "attention_entropy",
+    "compare",
     "deepnorm",
     "depth_scaled_init",
     "diagnose",
     "layer_scale",
-    "compare",
     "peri_norm",
     "rezero",
     "sigma_reparam",
     "stabilize",
     "t_fixup",
     "train",
+    "with_z_loss",
+    "z_loss",
 ]
 
 

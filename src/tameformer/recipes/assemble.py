@@ -12,7 +12,7 @@ from tameformer.errors import ConfigError
 from tameformer.nn.attention import set_compute_dtype
 from tameformer.optim import optimizers, schedule
 from tameformer.recipes.config import RecipeConfig
-from tameformer.stabilizers import stabilize
+from tameformer.stabilizers import METHODS, stabilize
 from tameformer.training import Run
 from tameformer.training.run import Evaluation
 from tameformer.training.step import Loss
@@ -61,7 +61,11 @@ def assemble(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     for name in config.stabilize:  # before the optimizers exist, so that new parameters reach them
-        stabilize(model, name)
+        on_loss = METHODS[name].on_loss
+        if on_loss is None:
+            stabilize(model, name)
+        else:  # evaluation has its own, plain loss
+            loss = on_loss(loss)
     # Everything outside the layers is an embedding, a stem or an output head.
     updated_by = optimizers(model, config.optim, is_hidden=lambda name: ".layers." in name)
     return Run(

@@ -9,6 +9,7 @@ from tameformer.stabilizers.peri_norm import peri_norm
 from tameformer.stabilizers.rezero import rezero
 from tameformer.stabilizers.sigma_reparam import sigma_reparam
 from tameformer.stabilizers.t_fixup import t_fixup
+from tameformer.stabilizers.z_loss import with_z_loss, z_loss
 
 __all__ = [
     "METHODS",
@@ -21,4 +22,6 @@ __all__ = [
     "sigma_reparam",
     "stabilize",
     "t_fixup",
+    "with_z_loss",
+    "z_loss",
 ]

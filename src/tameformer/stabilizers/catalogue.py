@@ -17,6 +17,7 @@ from tameformer.stabilizers.peri_norm import peri_norm
 from tameformer.stabilizers.rezero import rezero
 from tameformer.stabilizers.sigma_reparam import sigma_reparam
 from tameformer.stabilizers.t_fixup import t_fixup
+from tameformer.stabilizers.z_loss import with_z_loss, z_loss
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Method:
     """One line."""
     cost: str
     """One line."""
+    on_loss: Callable[..., Callable[..., Any]] | None = None
+    """From a loss function and the same keywords to one with the method in it, where the loss is computed outside the model."""
 
 
 METHODS: dict[str, Method] = {
@@ -80,6 +83,13 @@ METHODS: dict[str, Method] = {
         "Kim et al. 2025, arXiv:2502.02732",
         "activations of a Pre-norm model grow from layer to layer",
         "a norm more a branch",
+    ),
+    "z_loss": Method(
+        z_loss,
+        "Chowdhery et al. 2022, arXiv:2204.02311, section 5",
+        "output logits drift far from 0 late in training",
+        "one pass more over the logits; nothing in evaluation",
+        on_loss=with_z_loss,
     ),
 }
 """Every method, by the name it has on the command line and in configurations."""
