@@ -7,7 +7,7 @@ the identity of tensors, not at classes.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from tameformer.patch.attention_calls import READERS, AttentionCall
 from tameformer.patch.blocks import blocks
@@ -59,13 +60,13 @@ _SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Te
 _NORMS = {F.layer_norm, F.rms_norm, torch.layer_norm, torch.rms_norm}
 _ACTIVATIONS = {F.relu, torch.relu, Tensor.relu, F.gelu, F.silu}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
-_KINDS = {
-    **dict.fromkeys(_SUMS, "sum"),
-    **dict.fromkeys(_NORMS, "norm"),
-    **dict.fromkeys(_ACTIVATIONS, "activation"),
-    **dict.fromkeys(_PRODUCTS, "product"),
-    **dict.fromkeys(READERS, "attention"),
+_LOOKED_AT: dict[str, tuple[tuple[str, Iterable[Any]], ...]] = {
+    "on_branch": (("sum", _SUMS), ("norm", _NORMS)),
+    "on_activation": (("activation", _ACTIVATIONS),),
+    "on_attention": (("attention", READERS),),
+    "on_heads": (("attention", READERS), ("product", _PRODUCTS)),
 }
+"""By event, the functions that make it."""
 
 
 class Observation:
@@ -98,6 +99,16 @@ class Observation:
         self._blocks = {module: name for name, module in blocks(self.model).items()}
         self._seq_first = {name for module, name in self._blocks.items() if _is_seq_first(module)}
         self._stateless = {module for module in self._names if next(module.parameters(), None) is None}
+        self._watched = [
+            (
+                module,
+                self._blocks.get(module),
+                None if module in self._stateless and module not in self._blocks else name,
+            )
+            for module, name in self._names.items()
+            if name and _may_call(module)
+        ]
+        self._saw_attention_calls = False
         self._pass: _Pass | None = None
         self._told = self.observers
         self._undo = ExitStack()
@@ -126,7 +137,9 @@ class Observation:
         self._tell("on_gradients")
 
     def unseen(self) -> list[str]:
-        """Modules that are attention by their class's name but called nothing that was seen, once a pass was."""
+        """Modules that are attention by their class's name but called nothing that was seen, once somebody looked."""
+        if not self._saw_attention_calls:
+            return []
         suspects = [
             name
             for module, name in self._names.items()
@@ -227,14 +240,27 @@ class _Pass(TorchFunctionMode):
         self.branches = 0  # residual sums in the present block so far
         self.activated: set[str] = set()
         self.weights_shape: torch.Size | None = None
+        self.kinds: dict[Any, str] = {
+            function: kind
+            for event in self.wanted
+            for kind, functions in _LOOKED_AT.get(event, ())
+            for function in functions
+        }
+        self.handles: list[RemovableHandle] = []
         self._undo = ExitStack()
 
     def begin(self) -> None:
+        """Look at as little as those who are told want: every hook and every function looked at costs microseconds."""
         with ExitStack() as undo:
-            for module, name in self.observation._names.items():
-                if name and _may_call(module):
-                    self._watch(undo, module, name)
-            undo.enter_context(self)
+            undo.callback(self._unhook)
+            for module, block, label in self.observation._watched:
+                if block is not None and self.wanted:
+                    self._watch_block(module, block)
+                elif self.kinds:
+                    self._watch(module, label)
+            if self.kinds:
+                self.observation._saw_attention_calls |= "attention" in self.kinds.values()
+                undo.enter_context(self)
             self._undo = undo.pop_all()
 
     def end(self) -> None:
@@ -242,31 +268,45 @@ class _Pass(TorchFunctionMode):
         self.stream.clear()
         self.sums.clear()
 
-    def _watch(self, undo: ExitStack, module: nn.Module, name: str) -> None:
-        """Know when this module runs; a stateless one runs under the name of the one that called it."""
-        block = self.observation._blocks.get(module)
-        label = None if module in self.observation._stateless and block is None else name
+    def _unhook(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _watch(self, module: nn.Module, label: str | None) -> None:
+        """Know when this module runs; a stateless one, without a label, runs under the name of the one that called it."""
         is_activation = type(module).__module__ == "transformers.activations"
 
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def enter(module: nn.Module, args: Any) -> None:
             self.running.append(label or self.running[-1])
-            if block is not None:
-                self._enter_block(block, _stream_in(args, kwargs))
 
-        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
             self.running.pop()
             if label is not None:
                 self.finished = label
             if is_activation and isinstance(output, Tensor):
                 self._activation(self.running[-1], output)
-            if block is not None:
-                self._leave_block(block, _stream_in(args, kwargs), output)
 
-        undo.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        undo.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
+        self.handles += module.register_forward_pre_hook(enter), module.register_forward_hook(leave)
+
+    def _watch_block(self, module: nn.Module, block: str) -> None:
+        """Know when this layer runs, and the stream that enters and leaves it."""
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.running.append(block)
+            self._enter_block(block, _stream_in(args, kwargs))
+
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self.running.pop()
+            self.finished = block
+            self._leave_block(block, _stream_in(args, kwargs), output)
+
+        self.handles += (
+            module.register_forward_pre_hook(enter, with_kwargs=True),
+            module.register_forward_hook(leave, with_kwargs=True),
+        )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kind = _KINDS.get(func)
+        kind = self.kinds.get(func)
         if kind is None:
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
@@ -287,8 +327,6 @@ class _Pass(TorchFunctionMode):
     def _attention(self, reader: Any, func: Any, args: Any, kwargs: Any) -> Any:
         layer, sequences = self.running[-1], self.observation.sequences
         output = func(*args, **kwargs)
-        if not self.wanted & {"on_attention", "on_heads"}:
-            return output
         with torch.no_grad():
             call = reader(layer, sequences, args, kwargs)
         if call is None:
