@@ -25,8 +25,23 @@ def remove_branch_norms(undo: ExitStack, model: nn.Module, found: Sequence[Branc
 
 
 def without_nested_tensors(undo: ExitStack, model: nn.Module) -> None:
-    """Let `torch.nn.TransformerEncoder` keep padded tensors: hooks inside its layers cannot work on nested ones."""
+    """Let `torch.nn.TransformerEncoder` keep padded tensors: hooks inside its layers cannot work on nested ones.
+
+    Of several patches that ask for it, removed in any order, the last one gives them back.
+    """
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
+        asked = vars(module).get(_ASKED, 0)
+        if isinstance(module, nn.TransformerEncoder) and (asked or getattr(module, "use_nested_tensor", False)):
+            vars(module)[_ASKED] = asked + 1
             module.use_nested_tensor = False
-            undo.callback(setattr, module, "use_nested_tensor", True)
+            undo.callback(_ask_no_more, module)
+
+
+_ASKED = "patches_without_nested_tensors"
+
+
+def _ask_no_more(encoder: nn.TransformerEncoder) -> None:
+    vars(encoder)[_ASKED] -= 1
+    if not vars(encoder)[_ASKED]:
+        del vars(encoder)[_ASKED]
+        encoder.use_nested_tensor = True

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 Placement = Literal["pre", "post", "peri", "none"]
 Kind = Literal["attention", "cross_attention", "feed_forward"]
+QK_NORMS = ("q_norm", "k_norm")
+"""What Qwen3, Gemma 3 and timm call the norms of queries and keys in their attention; so do we."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,11 @@ class Attention:
     def num_kv_heads(self) -> int:
         """Heads of the keys, each serving `num_heads / num_kv_heads` neighbouring heads of the queries."""
         return self.key.view().shape[0] // self.head_dim
+
+    @property
+    def has_norms(self) -> bool:
+        """Whether queries or keys are normalized between their projection and their product."""
+        return any(getattr(self.module, name, None) is not None for name in QK_NORMS)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tameformer.patch.adapters.branch import Attention, Branch, Kind, Matrix, NormPlace, Placement, Tap
+from tameformer.patch.adapters.branch import QK_NORMS, Attention, Branch, Kind, Matrix, NormPlace, Placement, Tap
 
 Family = Callable[[str, nn.Module], list[Branch] | None]
 
@@ -79,7 +79,8 @@ def ours(name: str, block: nn.Module) -> list[Branch] | None:
         # A linear map before a norm has no scale of its own: the norm's weight is what ends the branch.
         last = _linear(prefix, part, "out_norm") if placement == "peri" else None
         path = f"{prefix}.branch"
-        if _has(branch, "query", "key", "value", "out"):
+        norms = [name for name in QK_NORMS if hasattr(branch, name)]
+        if _has(branch, "query", "key", "value", "out", *norms):
             query, key, value, out = _linears(path, branch, "query", "key", "value", "out")
             is_cross = attribute == "cross_attention"
             kind: Kind = "cross_attention" if is_cross else "attention"
