@@ -51,12 +51,53 @@ def _walk(config_class: type, prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{field.name}", kind
 
 
+_LISTS = (list, Sequence)
+
+
+def plain_part(kind: Any) -> Any:
+    """The part of a type whose values a configuration file can hold; None where there is none but null.
+
+    Example:
+        >>> plain_part(bool | typing.Callable[[int], bool]), plain_part(typing.Callable[[int], bool] | None)
+        (<class 'bool'>, None)
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        parts = [part for part in map(plain_part, arguments) if part is not None]
+        # `null` alone is nothing that one would set.
+        return typing.Union[(*parts, *(part for part in arguments if part is types.NoneType))] if parts else None
+    if origin in _LISTS:
+        return kind if plain_part(arguments[0]) == arguments[0] else None
+    return kind if origin is typing.Literal or kind in (bool, int, float, str) else None
+
+
+def accepts(kind: Any, value: Any) -> bool:
+    """Whether a value from a configuration file is of a plain type, see `plain_part`; a whole number is a float, too.
+
+    Example:
+        >>> accepts(float | None, 1), accepts(int, True), accepts(Sequence[float], [1, 2.5]), accepts(bool, "yes")
+        (True, False, True, False)
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(accepts(argument, value) for argument in arguments)
+    if origin is typing.Literal:
+        return any(type(value) is type(argument) and value == argument for argument in arguments)
+    if origin in _LISTS:
+        return isinstance(value, list) and all(accepts(arguments[0], item) for item in value)
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
 def type_name(kind: Any) -> str:
     """A type in the words of the configuration file.
 
     Example:
         >>> type_name(int | None), type_name(typing.Literal["adamw", "sgd"]), type_name(tuple[float, float])
         ('int or null', 'one of adamw, sgd', 'a list of 2 x float')
+        >>> type_name(Sequence[float])
+        'a list of float'
     """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -69,6 +110,8 @@ def type_name(kind: Any) -> str:
             if arguments[-1] is Ellipsis
             else f"a list of {len(arguments)} x {type_name(arguments[0])}"
         )
+    if origin in _LISTS:
+        return f"a list of {type_name(arguments[0])}"
     return "null" if kind is types.NoneType else getattr(kind, "__name__", str(kind))
 
 

@@ -12,7 +12,8 @@ def main(arguments: Sequence[str]) -> int:
         print(
             "usage: tame methods\n\n"
             "Lists the methods of tame.stabilize(model, METHOD) and of the recipes' key `stabilize`, as in\n"
-            "  tame train vit-digits --stabilize '[sigma_reparam]'"
+            "  tame train vit-digits --stabilize '[sigma_reparam]'\n"
+            "  tame train vit-digits --stabilize '[{sigma_reparam: {gamma: 1.0}}, z_loss]'"
         )
         return 0 if arguments[0] in ("-h", "--help") else 2
     from tameformer.stabilizers import METHODS

@@ -1,21 +1,27 @@
 """The part of building a run that every task shares: from source, plan and model to what the loop is handed."""
 
+import json
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from functools import partial
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from accelerate import PartialState
+from torch import Tensor, nn
 
 from tameformer.data import FirstBatches, Plan, Source, stream
 from tameformer.errors import ConfigError
 from tameformer.nn.attention import set_compute_dtype
 from tameformer.optim import optimizers, schedule
 from tameformer.recipes.config import RecipeConfig
-from tameformer.stabilizers import METHODS, stabilize
+from tameformer.recipes.stabilize import PROFILE, apply_methods
+from tameformer.record import CHECKPOINTS
+from tameformer.stabilizers.shortcut_profile import Masks, real_tokens
 from tameformer.training import Run
 from tameformer.training.run import Evaluation
-from tameformer.training.step import Loss
+from tameformer.training.step import Batch, Loss
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -38,6 +44,7 @@ def seeded(seed: int, build: Callable[[], Model]) -> Model:
 def assemble(
     config: RecipeConfig,
     *,
+    folder: Path,
     model: nn.Module,
     source: Source,
     plan: Plan,
@@ -47,11 +54,28 @@ def assemble(
     test: Evaluation | None = None,
     num_workers: int = 0,
     artifacts: Mapping[str, str] | None = None,
+    mask: Callable[[Batch], Masks] = real_tokens,
 ) -> Run:
     """A run from a task's parts.
 
+    Args:
+        config: The configuration.
+        folder: The run folder; what a profile gave is taken from there again once it holds a checkpoint.
+        model: Fresh.
+        source: Training data.
+        plan: Its order.
+        loss: The loss of a batch, summed over its targets.
+        unit: What `num_items` counts.
+        evaluate: Metrics during the run.
+        test: Metrics once, at the end.
+        num_workers: Processes that prepare batches ahead.
+        artifacts: Text files for the run folder.
+        mask: From a batch to True at real tokens, by side, for methods that profile the model.
+
     Raises:
-        ConfigError: A schedule that does not fit the run, such as a warm-up that is longer.
+        ConfigError: A schedule that does not fit the run, such as a warm-up that is longer; settings of a method that do not
+            fit the model.
+        PatchError: A method that does not fit the model.
     """
     if config.overfit_batches is not None:
         plan = FirstBatches(plan, config.overfit_batches)
@@ -60,25 +84,26 @@ def assemble(
         rates = schedule(config.optim, total_steps=max_steps)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    for name in config.stabilize:  # before the optimizers exist, so that new parameters reach them
-        on_loss = METHODS[name].on_loss
-        if on_loss is None:
-            stabilize(model, name)
-        else:  # evaluation has its own, plain loss
-            loss = on_loss(loss)
+    batches = partial(stream, source, plan, accumulation=config.gradient_accumulation_steps)
+    try:  # before the optimizers exist, so that new parameters reach them
+        _, loss, profiled = apply_methods(
+            model,
+            config.methods,
+            loss,
+            batches=partial(_first_step, model, batches),
+            mask=mask,
+            profiled=_profiled(folder),
+        )
+    except ValueError as error:
+        raise ConfigError(f"stabilize: {error}") from error
+    if profiled:
+        artifacts = {**(artifacts or {}), PROFILE: json.dumps(profiled, indent=1) + "\n"}
     # Everything outside the layers is an embedding, a stem or an output head.
     updated_by = optimizers(model, config.optim, is_hidden=lambda name: ".layers." in name)
     return Run(
         model=model,
         loss=loss,
-        batches=partial(
-            stream,
-            source,
-            plan,
-            accumulation=config.gradient_accumulation_steps,
-            num_workers=num_workers,
-            pin_memory=torch.accelerator.is_available(),
-        ),
+        batches=partial(batches, num_workers=num_workers, pin_memory=torch.accelerator.is_available()),
         plan=plan,
         optimizers=updated_by,
         schedule=rates,
@@ -95,6 +120,25 @@ def assemble(
         loop=config.loop,
         checkpoint=config.checkpoint,
     )
+
+
+def _first_step(model: nn.Module, batches: Callable[..., Any]) -> list[Batch]:
+    """This process's micro-batches of the first step, where the model is from now on."""
+    state = PartialState()
+    model.to(state.device)
+    with closing(batches(start=0, stop=1, rank=state.process_index, world_size=state.num_processes)) as steps:
+        found = next(steps)
+    return [
+        {key: value.to(state.device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        for batch in found
+    ]
+
+
+def _profiled(folder: Path) -> dict[str, Any]:
+    """What profiles gave when the run began, where one began here."""
+    file = folder / PROFILE
+    began = (folder / CHECKPOINTS).is_dir() and file.is_file()
+    return json.loads(file.read_text(encoding="utf-8")) if began else {}
 
 
 def require_path(path: str | None, what: str) -> str:

@@ -69,6 +69,7 @@ def build(config: Config, folder: Path) -> Run:
     model = seeded(config.seed, lambda: decoder(config.model, vocab_size=tokenizer.vocab_size))
     return assemble(
         config,
+        folder=folder,
         model=model,
         source=train,
         plan=ShuffledBatches(len(train), config.data.batch_size, seed=config.order_seed),

@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
 
 from tameformer.optim import OptimConfig
 from tameformer.probes import PROBES, Watch
-from tameformer.stabilizers import METHODS
+from tameformer.recipes.stabilize import Settings, methods_of
 from tameformer.training.checkpoint import CheckpointConfig
 from tameformer.training.run import LoopConfig
 
@@ -81,26 +80,26 @@ class RecipeConfig:
     """Optimizer and schedule."""
     loop: LoopConfig = field(default_factory=LoopConfig)
     """Logging and evaluation."""
-    stabilize: tuple[str, ...] = ()
-    """Methods that `tame methods` lists, applied to the model in this order before training."""
+    stabilize: tuple[str | dict[str, Any], ...] = ()
+    """Methods that `tame methods` lists, applied in this order before training: names, or {name: {setting: value}}."""
     probes: ProbesConfig = field(default_factory=ProbesConfig)
     """Measurements inside the model."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
 
     def __post_init__(self) -> None:
-        for name in self.stabilize:
-            if name not in METHODS:
-                near = get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
-                raise ValueError(
-                    f"stabilize: there is no method {name}; did you mean {near}? `tame methods` lists them"
-                )
+        methods_of(self.stabilize)
         for name in ("max_steps", "num_train_epochs", "gradient_accumulation_steps", "overfit_batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.max_steps is None and self.num_train_epochs is None:
             raise ValueError("the run has no length: give max_steps or num_train_epochs")
+
+    @property
+    def methods(self) -> list[tuple[str, Settings]]:
+        """The methods of `stabilize` with their settings."""
+        return methods_of(self.stabilize)
 
     @property
     def order_seed(self) -> int:

@@ -74,6 +74,7 @@ def build(config: Config, folder: Path) -> Run:
     model = seeded(config.seed, lambda: decoder(config.model, vocab_size=tokenizer.vocab_size))
     return assemble(
         config,
+        folder=folder,
         model=model,
         source=train,
         plan=ShuffledBatches(len(train), config.data.batch_size, seed=config.order_seed),
@@ -82,6 +83,7 @@ def build(config: Config, folder: Path) -> Run:
         evaluate=partial(evaluate, source=held_out, batch_size=config.data.eval_batch_size),
         num_workers=config.data.num_workers,
         artifacts={TOKENIZER: tokenizer.to_json()},
+        mask=lambda batch: {"encoder": batch["documents"] >= 0},
     )
 
 

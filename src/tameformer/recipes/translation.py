@@ -120,6 +120,7 @@ def build(config: Config, folder: Path) -> Run:
         evaluate = _both(evaluate, partial(translated, pairs=validation[: config.decoding.eval_sentences]))
     return assemble(
         config,
+        folder=folder,
         model=model,
         source=train,
         plan=TokenBuckets(
@@ -137,6 +138,7 @@ def build(config: Config, folder: Path) -> Run:
             TOKENIZER: tokenizer.to_json(),
             SIGNATURES: json.dumps(bleu_signatures(data.target_language), indent=1) + "\n",
         },
+        mask=lambda batch: {"encoder": batch["source_mask"], "decoder": batch["targets"] >= 0},
     )
 
 

@@ -113,6 +113,7 @@ def build(config: Config, folder: Path) -> Run:
     )
     return assemble(
         config,
+        folder=folder,
         model=model,
         source=source,
         plan=ShuffledBatches(len(train), data.batch_size, seed=config.order_seed),

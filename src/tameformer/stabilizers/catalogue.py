@@ -33,6 +33,9 @@ class Method:
     """One line."""
     on_loss: Callable[..., Callable[..., Any]] | None = None
     """From a loss function and the same keywords to one with the method in it, where the loss is computed outside the model."""
+    instead_of_batches: tuple[str, ...] = ()
+    """For a method that profiles the model on `batches`, reached by `call`, with padding told by `mask`: the settings, any of
+    which stands in for the profile."""
 
 
 METHODS: dict[str, Method] = {
@@ -47,6 +50,7 @@ METHODS: dict[str, Method] = {
         "Liu et al. 2020, arXiv:2004.08249",
         "a deep Post-norm model does not start to learn",
         "one multiply-add a residual sum; none once baked",
+        instead_of_batches=("growth", "scales"),
     ),
     "deepnorm": Method(
         deepnorm,
