@@ -3,14 +3,10 @@
 import argparse
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console
 
 USAGE = """\
 usage: tame compare RECIPE --vary KEY=VALUE,VALUE [--vary ...] [--seeds 3] [--a.b=value ...]
@@ -60,8 +56,9 @@ def main(arguments: Sequence[str]) -> int:
         return 0
 
     # From here on torch is needed; the usage above is shown without it.
+    from tameformer.cli.compare_view import GridProgress, print_results
     from tameformer.errors import ConfigError, TameError
-    from tameformer.studies.compare import conclude, default_folder, run_grid
+    from tameformer.studies.compare import PAGE, conclude, default_folder, run_grid
     from tameformer.studies.grid import make_grid, parse_seeds, parse_vary
     from tameformer.training.signals import StopRequest
 
@@ -70,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         grid = make_grid(given[0], rest, parse_vary(own.vary), parse_seeds(own.seeds))
         folder = own.output_dir or default_folder(given[0])
-        with StopRequest() as stop, _Progress(console, folder, grid) as progress:
+        with StopRequest() as stop, GridProgress(console, folder, grid) as progress:
             run_grid(
                 grid, folder, jobs=own.jobs, retry_failed=own.retry_failed, stop=stop, on_change=progress.show
             )  # fmt: skip
@@ -81,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
         return _fail(error, 2)
     except (TameError, ValueError, OSError, ImportError) as error:
         return _fail(error, 1)
-    _print_results(results)
+    print_results(results, folder / PAGE)
     if stop.signal_number is not None:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return stop.exit_code
@@ -100,104 +97,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _Progress:
-    """What runs: a live table in a terminal, a line when a run ends elsewhere."""
-
-    def __init__(self, console: Console, folder: Path, grid) -> None:
-        from tameformer.studies.cells import state_of
-
-        self.console, self.folder, self.cells = console, folder, grid.cells
-        self._state_of = state_of
-        self._max_steps: int | None = None
-        self._shown = 0.0
-        self._told = ""
-        self._started = time.monotonic()
-        self._done_before: int | None = None
-        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
-
-    def __enter__(self) -> "_Progress":
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def show(self, running) -> None:
-        if time.monotonic() - self._shown < 0.5:
-            return
-        self._shown = time.monotonic()
-        states = [self._state_of(self.folder / cell.name)[0] for cell in self.cells]
-        busy = {run.cell.name for run in running}
-        counts = {state: states.count(state) for state in ("finished", "diverged", "failed")}
-        told = ", ".join(f"{count} {state}" for state, count in counts.items() if count or state == "finished")
-        line = f"{sum(counts.values())} of {len(self.cells)} runs: {told}, {len(busy)} running"
-        if self._live is None:
-            if told != self._told:
-                self._told = told
-                self.console.print(line, highlight=False, markup=False, soft_wrap=True)
-            return
-        from tameformer.studies.cells import position
-
-        table = Table(box=None, show_header=False, pad_edge=False)
-        for run in running:
-            step, loss = position(run.folder)
-            table.add_row(Text(run.cell.name), f"step {step}", "" if loss is None else f"loss {loss:.4g}")
-        self._live.update(Group(Text(line), table))
-
-
-def _print_results(results) -> None:
-    from tameformer.report.wording import number, quantity
-
-    console = Console(width=None if sys.stdout.isatty() else 120)
-
-    def with_interval(key: str, found) -> str:
-        if found is None:
-            return "\u2013"
-        half = "" if found.half_width is None else f" \u00b1 {quantity(key, found.half_width)}"
-        return f"{quantity(key, found.mean)}{half}"
-
-    table = Table(title=Text(f"{results.grid.recipe}: {results.metric}, mean \u00b1 95 % interval over seeds"),
-                  title_justify="left")  # fmt: skip
-    for factor in results.grid.factors:
-        table.add_column(factor.name)
-    table.add_column(results.metric, justify="right")
-    table.add_column("n", justify="right")
-    table.add_column("diverged", justify="right")
-    table.add_column("failed", justify="right")
-    for row in results.rows:
-        table.add_row(
-            *(Text(choice.label) for choice in row.choices),
-            with_interval(results.metric, row.metric(results.metric)),
-            f"{row.count('finished')}/{len(row.results)}",
-            *(str(row.count(state) or "") for state in ("diverged", "failed")),
-        )
-    console.print(table)
-    if results.grid.rates is not None:
-        table = Table(title=Text(f"learning rates ({results.loss}, usable within {results.tolerance:.0%} of the gain)"),
-                      title_justify="left")  # fmt: skip
-        for heading in ("variant", "sensitivity", "n", "usable rates", "highest, to the first", "width, to the first"):
-            table.add_column(heading)
-        for variant in results.variants:
-            ratio, width = variant.highest_to(results.variants[0]), variant.width_to(results.variants[0])
-            found = variant.sensitivity
-            table.add_row(
-                Text(variant.name),
-                with_interval(results.loss, found),
-                "0" if found is None else str(found.n),
-                "none" if variant.usable is None else " to ".join(map(number, variant.usable)),
-                "" if ratio is None else f"{number(ratio)} x",
-                "" if width is None else f"{number(width)} x",
-            )
-        console.print(table)
-
-
 def _log_to(console: Console) -> None:
-    from rich.logging import RichHandler
+    """A line each message, however narrow the terminal, above the live display."""
 
-    handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
-    logging.getLogger("tameformer").addHandler(handler)
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            console.print(record.getMessage(), highlight=False, markup=False, soft_wrap=True)
+
+    logging.getLogger("tameformer").addHandler(Handler())
     logging.getLogger("tameformer").setLevel(logging.INFO)
 
 

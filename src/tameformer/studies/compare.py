@@ -18,7 +18,7 @@ from tameformer.studies.workers import FolderQueue, Running, places, train_comma
 from tameformer.studies.write import write_results
 from tameformer.training.signals import StopRequest
 
-GRID = "grid.json"
+GRID, PAGE = "grid.json", "compare.html"
 
 
 def compare(
@@ -118,6 +118,11 @@ def conclude(folder: Path, grid: Grid, *, metric: str, usable: float) -> Results
     """Read all cells, and write the results beside them."""
     results = read_results(folder, grid, metric=metric, tolerance=usable)
     write_results(results)
+    from tameformer.studies.page import (
+        write_page,
+    )  # here: matplotlib takes as long to import as the first cell to start
+
+    write_page(results, PAGE)
     return results
 
 

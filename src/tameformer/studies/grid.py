@@ -128,11 +128,12 @@ def make_grid(recipe: str, arguments: Sequence[str], vary: Mapping[str, Sequence
     Raises:
         ConfigError: Unknown recipe, key or value, or nothing to compare.
     """
-    known = configuration.field_types(type(catalogue.parse(recipe, arguments).config))
+    config_class = type(catalogue.parse(recipe, arguments).config)
+    known = configuration.field_types(config_class)
     for key in vary:
         if key in _OWN:
             raise ConfigError(f"{key} cannot be varied: use {_OWN[key]}")
-        configuration.check_keys([key], type(catalogue.parse(recipe, arguments).config))
+        configuration.check_keys([key], config_class)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ConfigError(f"seeds must be at least one, and distinct, got {list(seeds)}")
     factors = tuple(Factor(key, _choices(key, values, known[key])) for key, values in vary.items())

@@ -160,14 +160,16 @@ def _conclude(run: Running) -> State:
     if run.process.stdin is not None:
         run.process.stdin.close()
     code = run.process.returncode
-    last_line = _last_line(run.folder / OUTPUT)
-    if code < 0:
+    last_line = _last_line(run.folder / OUTPUT).removeprefix("tame train: ")
+    if code > 128:
+        last_line = "stopped by a signal after a save"
+    elif code < 0:
         name = signal.Signals(-code).name
         last_line = f"ended by {name}" + ("; out of memory?" if code == -signal.SIGKILL else "")
     write_exit(run.folder, code, "" if code == 0 else last_line)
     state, message = state_of(run.folder)
     if state != "finished":
-        logger.info("%s: %s (exit code %d) %s", run.cell.name, state, code, message)
+        logger.info("%s: %s, exit code %d: %s", run.cell.name, state, code, message.partition(";")[0])
     return state
 
 
