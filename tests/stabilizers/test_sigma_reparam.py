@@ -567,6 +567,20 @@ def test_gamma_starts_at_sigma_or_where_it_is_told(start):
     assert spectral_norm(layer.weight).item() == pytest.approx(found, rel=2e-3)
 
 
+def test_gain_starts_gamma_by_the_shape_of_each_part():
+    model = nn.ModuleDict({"fused": nn.MultiheadAttention(8, 2), "up": nn.Linear(8, 32), "stem": nn.Conv2d(1, 16, 2)})
+    handle = sigma_reparam(model, gain=1.5)
+    up, fused, stem = model["up"], model["fused"], model["stem"]
+    weights = [up.weight, *fused.in_proj_weight.chunk(3), fused.out_proj.weight, stem.weight.flatten(1)]
+    for weight, expected in zip(weights, [3.0, 1.5, 1.5, 1.5, 1.5, 3.0], strict=True):
+        assert spectral_norm(weight).item() == pytest.approx(expected, rel=2e-3)
+    assert handle.settings["gain"] == 1.5
+    again = mlp()
+    with pytest.raises(ValueError, match=r"gamma=1\.0 and gain=2\.0; leave one out"):
+        sigma_reparam(again, gamma=1.0, gain=2.0)
+    assert not members(again)
+
+
 def test_no_draw_from_the_global_generator():
     model = nn.Linear(300, 300)
     state = torch.get_rng_state()

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from tameformer.patch import Selector, select
 from tameformer.stabilizers.power_iteration import power_steps
-from tameformer.stabilizers.sigma_reparam import is_matrix_layer, more_at_first, plain_weights
+from tameformer.stabilizers.sigma_reparam import is_matrix_layer, more_at_first, plain_weights, start_at
 from tameformer.stabilizers.sigma_weight import SigmaReparam, StepsAt
 from tameformer.stabilizers.weight_parts import Parts, Split, is_transposed, split_fused
 
@@ -31,6 +31,7 @@ class SigmaBesideOptimizer:
         model: Not sharded. Its weights stay the parameters they are; a tied one counts once.
         where: As in `sigma_reparam`, and so are the others.
         gamma: Where gamma starts; None is at sigma.
+        gain: As in `sigma_reparam`.
         split: The parts of fused projections.
         steps_at: Power steps after each update.
 
@@ -52,6 +53,7 @@ class SigmaBesideOptimizer:
         *,
         where: Selector = is_matrix_layer,
         gamma: float | None = None,
+        gain: float | None = None,
         split: Split = split_fused,
         steps_at: StepsAt = more_at_first,
     ) -> None:
@@ -67,7 +69,7 @@ class SigmaBesideOptimizer:
                 continue
             rows = split(end.path, end.module, parents.get(id(end.module)))
             parts = Parts(weight.shape, transposed=is_transposed(end.module), rows=rows)
-            one = SigmaReparam(weight, parts, gamma=gamma, steps_at=steps_at, name=end.full)
+            one = SigmaReparam(weight, parts, start=start_at(gamma, gain), steps_at=steps_at, name=end.full)
             wide = weight.detach().to(one.left.dtype, copy=True, memory_format=torch.contiguous_format)
             self.names.append(end.full)
             self._effective.append(weight)

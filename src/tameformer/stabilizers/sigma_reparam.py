@@ -28,13 +28,24 @@ from tameformer.patch import PatchHandle, Selector, select
 from tameformer.patch.parametrized import chain_of, parametrize, unparametrize
 from tameformer.stabilizers.norm_removal import final_norms, is_norm
 from tameformer.stabilizers.norm_removal import remove_norms as take_norms_out
-from tameformer.stabilizers.sigma_weight import FOLLOWED, SigmaReparam, StepsAt, advance, effective_weight, is_sharded
+from tameformer.stabilizers.sigma_weight import (
+    FOLLOWED,
+    SigmaReparam,
+    Start,
+    StepsAt,
+    advance,
+    by_shape,
+    constant,
+    effective_weight,
+    is_sharded,
+)
 from tameformer.stabilizers.weight_parts import Parts, Rows, Split, is_transposed, split_fused, weight_names, whole
 
 __all__ = [
     "Rows",
     "SigmaReparam",
     "advance",
+    "by_shape",
     "effective_weight",
     "is_matrix_layer",
     "more_at_first",
@@ -71,6 +82,7 @@ def sigma_reparam(
     *,
     where: Selector = is_matrix_layer,
     gamma: float | None = None,
+    gain: float | None = None,
     split: Split = split_fused,
     steps_at: StepsAt = more_at_first,
     remove_norms: bool | Selector = False,
@@ -78,16 +90,18 @@ def sigma_reparam(
 ) -> PatchHandle:
     """Give every linear map of a model a learned spectral norm; call it before the optimizer is built.
 
-    Outputs are unchanged bit for bit at the start, unless `gamma` is given or norms are removed. Nothing has to be called in
-    the training loop. Each access to a weight computes it, which costs a pass over it; in a loop that reads weights often,
-    torch's `parametrize.cached()` around the forward pass computes it once. Gradients of gradients need a compiled model or
-    `torch.func`.
+    Outputs are unchanged bit for bit at the start, unless `gamma` or `gain` is given or norms are removed. Nothing has to be
+    called in the training loop. Each access to a weight computes it, which costs a pass over it; in a loop that reads weights
+    often, torch's `parametrize.cached()` around the forward pass computes it once. Gradients of gradients need a compiled
+    model or `torch.func`.
 
     Args:
         model: Not yet wrapped or sharded.
         where: The layers; all linear layers and convolutions by default. A weight that is tied stays tied, and is changed at
             all its ends.
         gamma: Where gamma starts; None is at sigma, which keeps the function; the paper's speech and text models use 1.
+        gain: Instead, gamma starts at gain * sqrt(out / in), see `by_shape`. For models without norms, whose signal fades where
+            every gamma is 1.
         split: The parts of fused projections, each with its own gamma; `whole` leaves them in one.
         steps_at: Power steps after each update.
         remove_norms: Take the norms out, which changes the function: the variant of the paper's vision models. A selector
@@ -99,6 +113,7 @@ def sigma_reparam(
         into them, and leaves removed norms out.
 
     Raises:
+        ValueError: Both `gamma` and `gain` are given.
         PatchError: Nothing matches; a weight is patched already, zero, not finite, sharded, or cannot be computed on access.
 
     Example:
@@ -110,6 +125,7 @@ def sigma_reparam(
         >>> list(model.state_dict())
         ['0.weight', '0.bias', '2.weight', '2.bias']
     """
+    start = start_at(gamma, gain)
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             raise PatchError(
@@ -126,7 +142,7 @@ def sigma_reparam(
                 continue  # tied to an earlier one
             rows = split(first.path, first.module, parents.get(id(first.module)))
             parts = Parts(parameter.shape, transposed=is_transposed(first.module), rows=rows)
-            one = SigmaReparam(parameter, parts, gamma=gamma, steps_at=steps_at, name=first.full)
+            one = SigmaReparam(parameter, parts, start=start, steps_at=steps_at, name=first.full)
             for end in ends[id(parameter)]:
                 parametrize(end.module, end.name, one)
                 undo.callback(unparametrize, end.module, end.name, one)
@@ -149,8 +165,22 @@ def sigma_reparam(
             undo.pop_all(),
             bake=partial(_bake, members, weights_undo),
             new_parameters=[one.gamma for one in members],
-            settings={"gamma": gamma, "remove_norms": bool(remove_norms), "keep_final_norm": keep_final_norm},
+            settings={
+                "gamma": gamma,
+                "gain": gain,
+                "remove_norms": bool(remove_norms),
+                "keep_final_norm": keep_final_norm,
+            },
         )
+
+
+def start_at(gamma: float | None, gain: float | None) -> Start | None:
+    """Where gamma starts, of the two ways to say it."""
+    if gamma is not None and gain is not None:
+        raise ValueError(f"expected gamma or gain, got gamma={gamma} and gain={gain}; leave one out")
+    if gain is not None:
+        return partial(by_shape, gain)
+    return None if gamma is None else partial(constant, gamma)
 
 
 def plain_weights(layers: dict[str, nn.Module]) -> Iterator[tuple[_End, nn.Parameter]]:

@@ -29,6 +29,27 @@ from tameformer.stabilizers.weight_parts import Parts
 StepsAt = Callable[[int], int]
 """From the number of optimizer steps so far to the power steps to take after the next one."""
 
+Start = Callable[[int, int], float]
+"""From the numbers of rows and columns of a matrix to where its gamma starts."""
+
+
+def constant(gamma: float, rows: int, columns: int) -> float:
+    """The same gamma for every matrix."""
+    return gamma
+
+
+def by_shape(gain: float, rows: int, columns: int) -> float:
+    """Start at gain * sqrt(rows / columns), for which the RMS of outputs does not depend on the shape of the matrix.
+
+    Yang, Simon and Bernstein 2023, "A Spectral Condition for Feature Learning", arXiv:2310.17813, condition 1. A large Gaussian
+    matrix with as many rows as columns has the spectral norm 2 where it keeps the RMS of its inputs.
+
+    Example:
+        >>> by_shape(2.0, 64, 4)
+        8.0
+    """
+    return gain * (rows / columns) ** 0.5
+
 
 def effective_weight(
     weight: Float[Tensor, "out in_"], gamma: Float[Tensor, ""], left: Float[Tensor, " out"]
@@ -67,7 +88,7 @@ class SigmaReparam(nn.Module):
     Args:
         weight: The stored weight, whose values it starts from.
         parts: The matrices in it, each with its own gamma.
-        gamma: Where gamma starts; None is at sigma, where the effective weight is bit for bit the weight.
+        start: Where gamma starts; None is at sigma, where the effective weight is bit for bit the weight.
         steps_at: Power steps after each update.
         name: In messages.
     """
@@ -80,10 +101,10 @@ class SigmaReparam(nn.Module):
     updates: Tensor
 
     def __init__(
-        self, weight: nn.Parameter, parts: Parts, *, gamma: float | None, steps_at: StepsAt, name: str = "weight"
+        self, weight: nn.Parameter, parts: Parts, *, start: Start | None, steps_at: StepsAt, name: str = "weight"
     ) -> None:
         super().__init__()
-        self.parts, self.start, self.steps_at, self.name = parts, gamma, steps_at, name
+        self.parts, self.start, self.steps_at, self.name = parts, start, steps_at, name
         # In fp32 also beside half precision: a rounded gamma would not start where the function is, and would not move.
         new = partial(torch.empty, dtype=_wide(weight), device=weight.device)
         self.gamma = nn.Parameter(new(len(parts.sizes)), requires_grad=weight.requires_grad)
@@ -144,7 +165,11 @@ class SigmaReparam(nn.Module):
             lefts.append(leading_left(matrix))
             sigmas.append(image_and_sigma(matrix, lefts[-1])[1])
         self.left.copy_(torch.cat(lefts))
-        self.gamma.copy_(torch.stack(sigmas) if self.start is None else torch.full_like(self.gamma, self.start))
+        if self.start is None:
+            self.gamma.copy_(torch.stack(sigmas))
+        else:
+            shapes = [matrix.shape for matrix in self._matrices(weight.detach())]
+            self.gamma.copy_(torch.tensor([self.start(*shape) for shape in shapes], dtype=self.gamma.dtype))
         self.updates.zero_()
         self._now.images, self._now.seen_version, self._now.count = None, None, 0
 
@@ -206,8 +231,8 @@ class SigmaReparam(nn.Module):
         FOLLOWED.add(self)  # a copy is followed, too
 
     def extra_repr(self) -> str:
-        """The parts and where gamma starts."""
-        return f"rows={self.parts.sizes}, gamma={'sigma' if self.start is None else self.start}"
+        """The parts."""
+        return f"rows={self.parts.sizes}"
 
 
 class _EffectiveWeight(torch.autograd.Function):
