@@ -14,8 +14,11 @@ from tameformer.stabilizers.deepnorm import deepnorm
 from tameformer.stabilizers.depth_scaled_init import depth_scaled_init
 from tameformer.stabilizers.layer_scale import layer_scale
 from tameformer.stabilizers.peri_norm import peri_norm
+from tameformer.stabilizers.qk_clip import qk_clip
+from tameformer.stabilizers.qk_norm import qk_norm
 from tameformer.stabilizers.rezero import rezero
 from tameformer.stabilizers.sigma_reparam import sigma_reparam
+from tameformer.stabilizers.soft_cap import soft_cap
 from tameformer.stabilizers.t_fixup import t_fixup
 from tameformer.stabilizers.z_loss import with_z_loss, z_loss
 
@@ -87,6 +90,24 @@ METHODS: dict[str, Method] = {
         "Kim et al. 2025, arXiv:2502.02732",
         "activations of a Pre-norm model grow from layer to layer",
         "a norm more a branch",
+    ),
+    "qk_norm": Method(
+        qk_norm,
+        "Dehghani et al. 2023, arXiv:2302.05442",
+        "attention logits grow without bound, and you train from scratch",
+        "two norms of a head's width an attention",
+    ),
+    "soft_cap": Method(
+        soft_cap,
+        "Gemma Team 2024, arXiv:2408.00118",
+        "single attention logits must never pass a bound",
+        "all logits in memory: no fused attention kernel",
+    ),
+    "qk_clip": Method(
+        qk_clip,
+        "Kimi Team 2025, arXiv:2507.20534",
+        "attention logits grow in a pretrained or running model that must stay what it is",
+        "a product of queries and keys more a training pass, one pass over their weights a step; none in evaluation",
     ),
     "z_loss": Method(
         z_loss,
