@@ -10,7 +10,7 @@ optimizer step. In exchange the loop must keep to three things, which is why it 
 A checkpoint holds `state_dict()` beside those of model and optimizer.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from tameformer.patch import Selector, select
 from tameformer.stabilizers.power_iteration import power_steps
 from tameformer.stabilizers.sigma_reparam import is_matrix_layer, more_at_first, plain_weights, start_at
-from tameformer.stabilizers.sigma_weight import SigmaReparam, StepsAt
+from tameformer.stabilizers.sigma_weight import SigmaReparam, StepsAt, dot, numbers, stacked, without_share
 from tameformer.stabilizers.weight_parts import Parts, Split, is_transposed, split_fused
 
 
@@ -76,7 +76,7 @@ class SigmaBesideOptimizer:
             self._stored.append(nn.Parameter(wide, requires_grad=weight.requires_grad))
             self._ones.append(one)
         self._images: list[list[Tensor]] = []
-        self._sigmas: list[list[Tensor]] = []
+        self._sigmas: list[Sequence[Any]] = []
         self._write()
 
     def groups(
@@ -139,47 +139,42 @@ class SigmaBesideOptimizer:
                 continue
             grad, weight.grad = weight.grad.to(stored.dtype), None
             grad = grad.to_dense() if grad.is_sparse else grad
-            products, written = [], []
-            for matrix, of_grad, gamma, left, image, sigma in zip(
-                one.parts.of(stored),
-                one.parts.of(grad),
-                one.gamma,
-                one.parts.split(one.left),
-                images,
-                sigmas,
-                strict=True,
+            grads, lefts = one.parts.of(grad), one.parts.split(one.left)
+            products = numbers([dot(*both) for both in zip(grads, one.parts.of(stored), strict=True)])
+            shares = [product / sigma for product, sigma in zip(products, sigmas, strict=True)]
+            for of_grad, left, image, gamma, sigma, share in zip(
+                grads, lefts, images, numbers(one.gamma), sigmas, shares, strict=True
             ):
-                product = torch.dot(of_grad.reshape(-1), matrix.reshape(-1)) / sigma
-                factor = gamma / sigma
-                written.append(of_grad.mul_(factor).addr_(left * (-factor * product / sigma), image))
-                products.append(product)
+                without_share(of_grad, gamma / sigma, -gamma / sigma * share / sigma, left, image, out=of_grad)
             # In place where the matrices are views of the gradient, which they are but for interleaved groups of heads.
-            stored.grad = grad if one.parts.groups == 1 else one.parts.join(written)
-            one.gamma.grad = torch.stack(products)
+            stored.grad = grad if one.parts.groups == 1 else one.parts.join(grads)
+            one.gamma.grad = stacked(shares, like=one.gamma)
 
     @torch.no_grad()
     def _advance(self) -> None:
         steps = self.steps_at(self.updates)
-        for one, stored, images in zip(self._ones, self._stored, self._images, strict=True):
-            lefts = power_steps(one.parts.of(stored), one.parts.split(one.left), images, steps=steps)
+        for place, (one, stored) in enumerate(zip(self._ones, self._stored, strict=True)):
+            lefts = power_steps(one.parts.of(stored), one.parts.split(one.left), self._images[place], steps=steps)
             one.left.copy_(torch.cat(lefts))
+            self._images[place], self._sigmas[place] = self._write_one(place)  # the weight is still in the cache
         self.updates += 1
-        self._write()
 
     @torch.no_grad()
     def _write(self) -> None:
         """The layers' weights from the stored ones, and what the next step needs."""
-        self._images, self._sigmas = [], []
-        for weight, stored, one in zip(self._effective, self._stored, self._ones, strict=True):
-            matrices, lefts = one.parts.of(stored), one.parts.split(one.left)
-            images = [torch.mv(matrix.t(), left) for matrix, left in zip(matrices, lefts, strict=True)]
-            sigmas = [torch.linalg.vector_norm(image) for image in images]
-            factors = [gamma / sigma for gamma, sigma in zip(one.gamma, sigmas, strict=True)]
-            if one.parts.groups == 1 and weight.is_contiguous():
-                for target, matrix, factor in zip(one.parts.of(weight), matrices, factors, strict=True):
-                    torch.mul(matrix, factor, out=target)
-            else:
-                scaled = [matrix * factor for matrix, factor in zip(matrices, factors, strict=True)]
-                weight.copy_(one.parts.join(scaled))
-            self._images.append(images)
-            self._sigmas.append(sigmas)
+        written = [self._write_one(place) for place in range(len(self._ones))]
+        self._images, self._sigmas = [images for images, _ in written], [sigmas for _, sigmas in written]
+
+    def _write_one(self, place: int) -> tuple[list[Tensor], Sequence[Any]]:
+        weight, stored, one = self._effective[place], self._stored[place], self._ones[place]
+        matrices, lefts = one.parts.of(stored), one.parts.split(one.left)
+        images = [torch.mv(matrix.t(), left) for matrix, left in zip(matrices, lefts, strict=True)]
+        sigmas = numbers([torch.linalg.vector_norm(image) for image in images])
+        factors = [gamma / sigma for gamma, sigma in zip(numbers(one.gamma), sigmas, strict=True)]
+        if one.parts.groups == 1 and weight.is_contiguous():
+            for target, matrix, factor in zip(one.parts.of(weight), matrices, factors, strict=True):
+                torch.mul(matrix, factor, out=target)
+        else:
+            scaled = [matrix * factor for matrix, factor in zip(matrices, factors, strict=True)]
+            weight.copy_(one.parts.join(scaled))
+        return images, sigmas

@@ -142,7 +142,7 @@ class SigmaReparam(nn.Module):
         with _full_precision(self.left.device):
             matrices, lefts = self._matrices(self.weight.detach()), self.parts.split(self.left)
             sigmas = torch.stack([image_and_sigma(*one)[1] for one in zip(matrices, lefts, strict=True)])
-            squares = torch.stack([_dot(one, one) for one in matrices])
+            squares = torch.stack([dot(one, one) for one in matrices])
             return self.gamma.abs(), squares * (self.gamma / sigmas).square()
 
     def reset_parameters(self) -> None:
@@ -249,7 +249,7 @@ class _EffectiveWeight(torch.autograd.Function):
         images, lengths = zip(*map(image_and_sigma, matrices, parts.split(left)), strict=True)
         if module.training:
             module._now.images = list(images)
-        ctx.parts, ctx.sigmas, ctx.gammas = parts, _numbers(lengths), _numbers(gamma)
+        ctx.parts, ctx.sigmas, ctx.gammas = parts, numbers(lengths), numbers(gamma)
         # A copy: the buffer is written between two forward passes by DistributedDataParallel.
         ctx.save_for_backward(weight, left.clone(), *images)
         factors = map(truediv, ctx.gammas, ctx.sigmas)
@@ -263,16 +263,13 @@ class _EffectiveWeight(torch.autograd.Function):
         with _full_precision(weight.device):
             grad = grad.to_dense() if grad.is_sparse else grad
             grads, matrices = ([part.to(left.dtype) for part in parts.of(one)] for one in (grad, weight))
-            products = _numbers([_dot(*both) for both in zip(grads, matrices, strict=True)])
+            products = numbers([dot(*both) for both in zip(grads, matrices, strict=True)])
             gamma_grads = list(map(truediv, products, ctx.sigmas))
-            if isinstance(gamma_grads[0], float):
-                gamma_grad = torch.tensor(gamma_grads, dtype=left.dtype)
-            else:
-                gamma_grad = torch.stack(gamma_grads)
+            gamma_grad = stacked(gamma_grads, like=left)
             if not ctx.needs_input_grad[0]:
                 return None, gamma_grad, None, None
             writes = [
-                partial(_without_share, one, gamma / sigma, -gamma / sigma * share / sigma, vector, image)
+                partial(without_share, one, gamma / sigma, -gamma / sigma * share / sigma, vector, image)
                 for one, gamma, sigma, share, vector, image in zip(
                     grads, ctx.gammas, ctx.sigmas, gamma_grads, parts.split(left), images, strict=True
                 )
@@ -280,18 +277,26 @@ class _EffectiveWeight(torch.autograd.Function):
             return parts.filled(weight, writes), gamma_grad, None, None
 
 
-def _numbers(scalars: Sequence[Tensor] | Tensor) -> Sequence[Any]:
+def numbers(scalars: Sequence[Tensor] | Tensor) -> Sequence[Any]:
     """Plain numbers where reading one costs nothing; on an accelerator it would wait for all work before it."""
     if scalars[0].device.type != "cpu":
         return scalars if isinstance(scalars, Sequence) else scalars.unbind()
     return [scalar.item() for scalar in scalars] if isinstance(scalars, Sequence) else scalars.tolist()
 
 
-def _dot(one: Tensor, other: Tensor) -> Tensor:
+def stacked(scalars: Sequence[Any], *, like: Tensor) -> Tensor:
+    """`numbers` the other way round."""
+    if isinstance(scalars[0], float):
+        return torch.tensor(scalars, dtype=like.dtype)
+    return torch.stack(list(scalars))
+
+
+def dot(one: Tensor, other: Tensor) -> Tensor:
+    """Sum of the products of the entries."""
     return torch.dot(one.reshape(-1), other.reshape(-1))
 
 
-def _without_share(grad: Tensor, factor: Any, share: Any, left: Tensor, image: Tensor, out: Tensor | None = None):
+def without_share(grad: Tensor, factor: Any, share: Any, left: Tensor, image: Tensor, out: Tensor | None = None):
     """Factor * grad + share * left imageᵀ; in one pass where the two factors are plain numbers."""
     if isinstance(factor, float) and (out is None or out.dtype == grad.dtype):
         return torch.addr(grad, left, image, beta=factor, alpha=share, out=out)
