@@ -125,7 +125,8 @@ def machine(threads: int) -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     script = Path(sys.argv[0])
-    found["shell"] = shlex.join(["python", f"benchmarks/{script.name}", *sys.argv[1:]])
+    arguments = [f".../{Path(word).name}" if word.startswith("/") else word for word in sys.argv[1:]]
+    found["shell"] = shlex.join(["python", f"benchmarks/{script.name}", *arguments])
     found["threads"] = threads
     found["load"] = " ".join(f"{load:.1f}" for load in os.getloadavg())
     found["bf16_instructions"] = _bf16()

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-SCRIPTS = ["loop_overhead", "precision", "memory", "startup", "gpu_lm", "profile_step", "probes", "stabilizers"]
+SCRIPTS = [
+    "loop_overhead",
+    "precision",
+    "memory",
+    "startup",
+    "gpu_lm",
+    "profile_step",
+    "probes",
+    "stabilizers",
+    "entropy_sampling",
+]
 
 
 @pytest.fixture
