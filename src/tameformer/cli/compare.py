@@ -58,13 +58,14 @@ def main(arguments: Sequence[str]) -> int:
     # From here on torch is needed; the usage above is shown without it.
     from tameformer.cli.compare_view import GridProgress, print_results
     from tameformer.errors import ConfigError, TameError
-    from tameformer.studies.compare import PAGE, conclude, default_folder, run_grid
+    from tameformer.studies.compare import PAGE, check_question, conclude, default_folder, run_grid
     from tameformer.studies.grid import make_grid, parse_seeds, parse_vary
     from tameformer.training.signals import StopRequest
 
     console = Console(stderr=True)
     _log_to(console)
     try:
+        check_question(own.metric, own.usable)
         grid = make_grid(given[0], rest, parse_vary(own.vary), parse_seeds(own.seeds))
         folder = own.output_dir or default_folder(given[0])
         with StopRequest() as stop, GridProgress(console, folder, grid) as progress:

@@ -67,12 +67,25 @@ def compare(
         >>> [(row.choices[0].label, row.count("finished")) for row in found.rows]
         [('8', 1), ('16', 1)]
     """
+    check_question(metric, usable)
     arguments = [f"--{key}={_as_argument(value)}" for key, value in configuration.flatten(overrides or {}).items()]
     grid = make_grid(recipe, arguments, vary, range(seeds) if isinstance(seeds, int) else seeds)
     folder = default_folder(recipe) if output_dir is None else Path(output_dir)
     with StopRequest() as stop:
         run_grid(grid, folder, jobs=jobs, retry_failed=retry_failed, stop=stop)
     return conclude(folder, grid, metric=metric, usable=usable)
+
+
+def check_question(metric: str, usable: float) -> None:
+    """Refuse what could only be found out after all runs.
+
+    Raises:
+        ConfigError: The metric is none of a run's, or the tolerance is not a share.
+    """
+    if not metric.startswith(("eval/", "test/", "train/")):
+        raise ConfigError(f"metric must begin with eval/, test/ or train/, got {metric}; did you mean eval/{metric}?")
+    if not 0 <= usable < 1:
+        raise ConfigError(f"usable must be a share of the gain in [0, 1), got {usable}")
 
 
 def _as_argument(value: Any) -> str:
