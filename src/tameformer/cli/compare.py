@@ -24,6 +24,8 @@ varied, how sensitive each variant is to it and which rates it can use.
   --metric KEY              what is compared (eval/loss)
   --usable SHARE            a rate is usable if its mean loss misses at most this share of what training gains, loss before
                             training minus the variant's best (0.1)
+  --storage URL             shares the work with every machine that runs the same command on a disk they share, through a
+                            database: sqlite:////shared/study.db, postgresql://user@host/study (needs the extra sweep)
   --retry_failed            run the cells again that failed
 
 The same command again goes on: finished runs are read, interrupted ones resumed; values and seeds may be added.
@@ -58,20 +60,28 @@ def main(arguments: Sequence[str]) -> int:
     # From here on torch is needed; the usage above is shown without it.
     from tameformer.cli.compare_view import GridProgress, print_results
     from tameformer.errors import ConfigError, TameError
-    from tameformer.studies.compare import PAGE, check_question, conclude, default_folder, run_grid
+    from tameformer.studies.compare import PAGE, check_question, conclude, default_folder, queue_for, run_grid
     from tameformer.studies.grid import make_grid, parse_seeds, parse_vary
     from tameformer.training.signals import StopRequest
 
     console = Console(stderr=True)
     _log_to(console)
+    if own.storage is not None:
+        _silence_optuna()
     try:
         check_question(own.metric, own.usable)
         grid = make_grid(given[0], rest, parse_vary(own.vary), parse_seeds(own.seeds))
         folder = own.output_dir or default_folder(given[0])
         with StopRequest() as stop, GridProgress(console, folder, grid) as progress:
             run_grid(
-                grid, folder, jobs=own.jobs, retry_failed=own.retry_failed, stop=stop, on_change=progress.show
-            )  # fmt: skip
+                grid,
+                folder,
+                jobs=own.jobs,
+                retry_failed=own.retry_failed,
+                queue=queue_for(own.storage),
+                stop=stop,
+                on_change=progress.show,
+            )
         results = conclude(folder, grid, metric=own.metric, usable=own.usable)
     except KeyboardInterrupt:  # before the first run was started
         return 130
@@ -94,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int)
     parser.add_argument("--metric", default="eval/loss")
     parser.add_argument("--usable", type=float, default=0.1)
+    parser.add_argument("--storage")
     parser.add_argument("--retry_failed", action="store_true")
     return parser
 
@@ -107,6 +118,14 @@ def _log_to(console: Console) -> None:
 
     logging.getLogger("tameformer").addHandler(Handler())
     logging.getLogger("tameformer").setLevel(logging.INFO)
+
+
+def _silence_optuna() -> None:
+    try:
+        import optuna
+    except ImportError:
+        return  # which is told, with the extra's name, where it is needed
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 def _fail(error: object, code: int) -> int:

@@ -42,7 +42,7 @@ def state_of(folder: Path) -> tuple[State, str]:
     events = RunReader(folder).events() if (folder / LOG).is_file() else []
     if events and events[-1].get("kind") == "finish":
         return "finished", ""
-    ended = _read_exit(folder)
+    ended = read_exit(folder)
     if ended is None:
         if events and events[-1].get("kind") == "non_finite":
             return "diverged", str(events[-1].get("message", ""))
@@ -101,7 +101,8 @@ def write_exit(folder: Path, code: int, message: str) -> None:
     write_atomically(folder / EXIT, json.dumps({"exit_code": code, "message": message}, ensure_ascii=False) + "\n")
 
 
-def _read_exit(folder: Path) -> tuple[int, str] | None:
+def read_exit(folder: Path) -> tuple[int, str] | None:
+    """Exit code and message of a run's process; None where nobody was left to write them down."""
     try:
         ended: dict[str, Any] = json.loads((folder / EXIT).read_text(encoding="utf-8"))
         return int(ended["exit_code"]), str(ended["message"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,8 @@ from tameformer.record import write_atomically
 from tameformer.studies.cells import EXIT, state_of, try_lock
 from tameformer.studies.grid import Grid, make_grid
 from tameformer.studies.results import LOSS, USABLE, Results, read_results
-from tameformer.studies.workers import FolderQueue, Running, places, train_command, work
+from tameformer.studies.shared import StorageQueue, study_name
+from tameformer.studies.workers import FolderQueue, Queue, Running, places, train_command, work
 from tameformer.studies.write import write_results
 from tameformer.training.signals import StopRequest
 
@@ -32,6 +34,7 @@ def compare(
     metric: str = LOSS,
     usable: float = USABLE,
     retry_failed: bool = False,
+    storage: str | None = None,
 ) -> Results:
     """Train a recipe over a grid of settings and seeds, several runs at a time, and compare what they reach.
 
@@ -48,6 +51,8 @@ def compare(
         metric: What is compared, such as `eval/accuracy`.
         usable: Share of what training can gain that a usable rate may miss.
         retry_failed: Run those again that failed; without it they stay as they are.
+        storage: A database that shares the work with other machines which call the same on a disk they share, such as
+            `sqlite:////shared/study.db` or `postgresql://user@host/study`; needs the extra `sweep`.
 
     Returns:
         The results; `compare.html`, `compare.json` and `compare.csv` in the folder hold them, too.
@@ -72,7 +77,7 @@ def compare(
     grid = make_grid(recipe, arguments, vary, range(seeds) if isinstance(seeds, int) else seeds)
     folder = default_folder(recipe) if output_dir is None else Path(output_dir)
     with StopRequest() as stop:
-        run_grid(grid, folder, jobs=jobs, retry_failed=retry_failed, stop=stop)
+        run_grid(grid, folder, jobs=jobs, retry_failed=retry_failed, queue=queue_for(storage), stop=stop)
     return conclude(folder, grid, metric=metric, usable=usable)
 
 
@@ -103,6 +108,7 @@ def run_grid(
     *,
     jobs: int | None,
     retry_failed: bool,
+    queue: Callable[[Path, str, Grid], Queue],
     stop: StopRequest,
     on_change: Callable[[Sequence[Running]], None] = lambda running: None,
 ) -> None:
@@ -113,18 +119,25 @@ def run_grid(
     """
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
-    claim_folder(grid, folder)
+    key = claim_folder(grid, folder)
     if retry_failed:
         forget_failures(grid, folder)
     build = train_command(grid.recipe, grid.arguments)
     work(
-        FolderQueue(folder, grid.cells),
+        queue(folder, key, grid),
         folder,
         lambda cell: build(folder, cell),
         places(jobs, num_gpus=_num_gpus()),
         stop_requested=lambda: stop.signal_number is not None,
         on_change=on_change,
     )
+
+
+def queue_for(storage: str | None) -> Callable[[Path, str, Grid], Queue]:
+    """Who works on what: kept apart by locks on this machine, or through a database by workers anywhere."""
+    if storage is None:
+        return lambda folder, key, grid: FolderQueue(folder, grid.cells)
+    return lambda folder, key, grid: StorageQueue(storage, study_name(folder, key, grid.cells), folder, grid.cells)
 
 
 def conclude(folder: Path, grid: Grid, *, metric: str, usable: float) -> Results:
@@ -145,8 +158,11 @@ def _num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def claim_folder(grid: Grid, folder: Path) -> None:
+def claim_folder(grid: Grid, folder: Path) -> str:
     """Make the folder this comparison's, or see that it is: values and seeds may be added, nothing else may differ.
+
+    Returns:
+        What tells this folder from every other one.
 
     Raises:
         ConfigError: It belongs to another comparison, or holds something else.
@@ -160,12 +176,32 @@ def claim_folder(grid: Grid, folder: Path) -> None:
         "config": {"task": base.task, **_without_the_varied(asdict(base.config), grid)},
     }
     path = folder / GRID
-    if path.is_file():
-        _check_growth(json.loads(path.read_text(encoding="utf-8")), described, folder)
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} holds something else; give an --output_dir that is new or a comparison's")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(described, indent=1, ensure_ascii=False) + "\n")
+    if not path.is_file():
+        if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
+            raise ConfigError(f"{folder} holds something else; give an --output_dir that is new or a comparison's")
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_once(path, _as_json({"key": uuid.uuid4().hex, **described}))
+    old = json.loads(path.read_text(encoding="utf-8"))  # perhaps written by another worker just now
+    _check_growth(old, described, folder)
+    if old != {"key": old["key"], **described}:
+        write_atomically(path, _as_json({"key": old["key"], **described}))
+    return old["key"]
+
+
+def _as_json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def _write_once(path: Path, text: str) -> None:
+    """Write a file whole, unless another process was faster: the first one's stays."""
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    write_atomically(temporary, text)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    finally:
+        temporary.unlink()
 
 
 def _without_the_varied(config: Mapping[str, Any], grid: Grid) -> dict[str, Any]:
