@@ -212,6 +212,13 @@ def test_the_files_hold_every_number(results):
     assert lines[4]["message"].startswith("step 40")
 
 
+def test_every_key_of_the_file_is_documented(results):
+    held = json.loads(write_results(results)[0].read_text())
+    text = (Path(__file__).resolve().parents[2] / "docs/compare.md").read_text(encoding="utf-8")
+    keys = {*held, *held["rows"][0], *held["variants"][0], *held["differences"][0], *held["cells"][0]} - {"name"}
+    assert sorted(key for key in keys if f"`{key}`" not in text) == []
+
+
 def test_the_page_is_one_safe_file(fill):
     nasty = '<script>alert("x")</script>&amp;'
     factors = (Factor("data.path", (Choice("plain", "plain"), Choice(nasty, nasty))),)
