@@ -9,14 +9,14 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
 
 from tameformer.errors import PatchError
 from tameformer.models import DecoderConfig, EncoderConfig, decoder, encoder
 from tameformer.patch import Observation, Observer, named
 from tameformer.patch.adapters import branches
-from tameformer.stabilizers import qk_clip as home
-from tameformer.stabilizers.qk_clip import qk_clip, qk_clip_state
+from tameformer.stabilizers.qk_clip import LIVE, qk_clip, qk_clip_state
 from tameformer.stabilizers.qk_norm import qk_norm
 from tameformer.stabilizers.sigma_reparam import sigma_reparam
 from tameformer.stabilizers.soft_cap import soft_cap
@@ -205,6 +205,10 @@ def test_a_head_with_negative_logits_only_is_left_alone():
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
+def with_last_head(output, value):
+    return torch.cat([output[..., :12], torch.full_like(output[..., 12:], value)], -1)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_head_that_is_not_finite_is_left_alone_and_counted(bad):
     model, run = built("encoder")
@@ -212,12 +216,14 @@ def test_a_head_that_is_not_finite_is_left_alone_and_counted(bad):
     before = measured(model, run, IDS)
     qk_clip(model, threshold=float(before.min()) / 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    query = attention.query.module
-    hook = query.register_forward_hook(
-        lambda module, args, output: torch.cat([output[..., :12], output[..., 12:] * bad], -1)
-    )
+    query, key = attention.query.module, attention.key.module
+    hooks = [
+        query.register_forward_hook(lambda module, args, output: with_last_head(output, bad)),
+        key.register_forward_hook(lambda module, args, output: with_last_head(output, 1.0)),
+    ]
     run(IDS)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     run(IDS)  # a sound micro-batch does not hide it
     kept = query.weight[12:].clone()
     optimizer.step()
@@ -295,11 +301,30 @@ def test_removal_is_exact_and_the_hook_goes_with_the_last():
         weights = [p.clone() for p in model.parameters()]
         torch.optim.SGD(model.parameters(), lr=0.0).step()
         assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
-    gc.collect()  # copies of other tests
-    torch.optim.SGD(model.parameters(), lr=0.0).step()
-    assert not home._LIVE.clips or home._LIVE.hook is not None
-    if not home._LIVE.clips:
-        assert home._LIVE.hook is None
+    for clip in list(LIVE.clips):  # of other tests' models
+        LIVE.discard(clip)
+    assert LIVE.hook is None
+    handle = qk_clip(model)
+    assert LIVE.hook is not None
+    handle.remove()
+    assert LIVE.hook is None
+
+
+def test_a_model_that_is_gone_takes_the_hook_with_it():
+    for clip in list(LIVE.clips):
+        LIVE.discard(clip)
+    model, run = built("encoder")
+    qk_clip(model)
+    called = []
+    after = register_optimizer_step_post_hook(lambda *_: called.append(1))
+    del model, run
+    gc.collect()
+    optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.0)
+    optimizer.step()  # torch walks through the hooks, of which the first cannot go now
+    after.remove()
+    optimizer.step()
+    assert called == [1]
+    assert LIVE.hook is None
 
 
 def test_copies_clip_their_own_weights():

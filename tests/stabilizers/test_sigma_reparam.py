@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.optim.optimizer import _global_optimizer_post_hooks, register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from tameformer.errors import PatchError
@@ -764,10 +764,29 @@ def test_refused_and_left_as_it_was(build, settings, message):
 def test_no_hook_is_left():
     for one in list(FOLLOWED.live):
         FOLLOWED.discard(one)  # those of models that are not collected yet
-    assert not _global_optimizer_post_hooks
+    others = len(_global_optimizer_post_hooks)
+    assert FOLLOWED.hook is None
     with sigma_reparam(mlp()):
-        assert len(_global_optimizer_post_hooks) == 1
-    assert not _global_optimizer_post_hooks
+        assert len(_global_optimizer_post_hooks) == others + 1
+    assert len(_global_optimizer_post_hooks) == others
+
+
+def test_the_hook_goes_only_where_it_is_the_last():
+    """A dictionary of hooks that shrinks while torch walks through it is an error."""
+    for one in list(FOLLOWED.live):
+        FOLLOWED.discard(one)
+    model, other = mlp(), nn.Linear(2, 2)
+    sigma_reparam(model)
+    called = []
+    handle = register_optimizer_step_post_hook(lambda *_: called.append(1))
+    del model
+    gc.collect()
+    optimizer = torch.optim.SGD(other.parameters())
+    optimizer.step()
+    handle.remove()
+    optimizer.step()
+    assert called == [1]
+    assert FOLLOWED.hook is None
 
 
 def test_other_parametrizations_may_follow_and_stay():

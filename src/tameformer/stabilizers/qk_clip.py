@@ -76,8 +76,8 @@ def qk_clip(
             clip = _Clip(attention, threshold, alpha)
             opened.watchers.append(clip)
             undo.callback(opened.watchers.remove, clip)
-            _LIVE.add(clip)
-            undo.callback(_LIVE.discard, clip)
+            LIVE.add(clip)
+            undo.callback(LIVE.discard, clip)
         kept = undo.pop_all()
     names, settings = [attention.name for attention in found], {"threshold": threshold, "alpha": alpha}
     return PatchHandle("qk_clip", names, kept, bake=kept.close, settings=settings)
@@ -151,7 +151,7 @@ class _Clip:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _LIVE.add(self)  # a copy of the model clips its own weights
+        LIVE.add(self)  # a copy of the model clips its own weights
 
     @property
     def weight(self) -> Any:
@@ -171,8 +171,8 @@ class _Clip:
             self.largest.copy_(torch.maximum(self.largest, found))  # NaN stays
 
     def apply(self, largest: Tensor, is_bad: Tensor) -> None:
-        """Scale by the largest logits of all processes, and start over."""
-        gamma = torch.where((largest > self.threshold) & ~is_bad, self.threshold / largest, 1.0)
+        """Scale by the largest logits of all processes, -inf where they are not finite, and start over."""
+        gamma = torch.where(largest > self.threshold, self.threshold / largest, 1.0)
         served = self.num_heads // self.num_kv_heads
         _scale_rows(self.attention.query, gamma.pow(self.alpha).repeat_interleave(served * self.attention.head_dim))
         _scale_rows(self.attention.key, gamma.pow(1 - self.alpha).repeat_interleave(self.attention.head_dim))
@@ -257,7 +257,9 @@ class _Live:
         due.sort(key=lambda clip: place[id(clip.weight)])
         if due:
             clip_due(due)
-        self._release()
+        # torch is walking through the hooks, and only the last may take itself away.
+        if self.hook is not None and self.hook.id == next(reversed(self.hook.hooks_dict_ref())):
+            self._release()
 
 
-_LIVE = _Live()
+LIVE = _Live()

@@ -345,7 +345,9 @@ class _Followed:
         for one in due:
             one._now.has_optimizer = True
         _advance(due)
-        self._release()
+        # torch is walking through the hooks, and only the last may take itself away.
+        if self.hook is not None and self.hook.id == next(reversed(self.hook.hooks_dict_ref())):
+            self._release()
 
 
 FOLLOWED = _Followed()
