@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table as RichTable
@@ -102,8 +103,16 @@ class GridProgress:
 def print_results(results: Results, page: Path) -> None:
     """Print the tables, and where the rest is."""
     console = Console(width=None if sys.stdout.isatty() else 120)
-    # Two metrics fit a terminal, and the counts say how many diverged; the page has all.
-    shown = [result_table(results, results.metrics[:2]), rate_table(results), difference_table(results)]
+    # Two metrics fit a wide terminal; the page has all. Keys are shorter than words.
+    narrow = console.width < 100
+    rates = rate_table(results, heading=str)
+    if narrow:
+        rates = _without(rates, {"seeds", "width / first's"})
+    shown = [
+        result_table(results, results.metrics[: 1 if narrow else 2], heading=str),
+        rates,
+        difference_table(results),
+    ]
     trouble = trouble_table(results)
     rows = tuple(row for row in trouble.rows if row[1] != "diverged")
     for found in (*shown, replace(trouble, rows=rows)):
@@ -112,10 +121,24 @@ def print_results(results: Results, page: Path) -> None:
     console.print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
+def _without(found: Table, names: set[str]) -> Table:
+    keep = [index for index, column in enumerate(found.columns) if column not in names]
+    rows = tuple(tuple(row[index] for index in keep) for row in found.rows)
+    return replace(found, columns=tuple(found.columns[index] for index in keep), rows=rows)
+
+
 def _as_rich(found: Table) -> RichTable:
-    shown = RichTable(title=Text(found.title), title_justify="left", caption=Text(found.note), caption_justify="left")
+    shown = RichTable(
+        title=Text(found.title, style="bold"),
+        title_justify="left",
+        caption=Text(found.note),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for column in found.columns:
-        shown.add_column(Text(column), overflow="fold")
+        longest = max((len(word) for word in column.split()), default=0)
+        shown.add_column(Text(column), overflow="fold", min_width=longest)  # headings break between words only
     for row in found.rows:
         shown.add_row(*map(Text, row))
     return shown

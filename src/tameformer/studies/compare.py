@@ -183,9 +183,10 @@ def claim_folder(grid: Grid, folder: Path) -> str:
         _write_once(path, _as_json({"key": uuid.uuid4().hex, **described}))
     old = json.loads(path.read_text(encoding="utf-8"))  # perhaps written by another worker just now
     _check_growth(old, described, folder)
-    if old != {"key": old["key"], **described}:
-        write_atomically(path, _as_json({"key": old["key"], **described}))
-    return old["key"]
+    key = old.get("key") or uuid.uuid4().hex
+    if old != {"key": key, **described}:
+        write_atomically(path, _as_json({"key": key, **described}))
+    return key
 
 
 def _as_json(value: Mapping[str, Any]) -> str:

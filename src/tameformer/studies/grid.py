@@ -109,7 +109,7 @@ def folder_name(parts: Sequence[str]) -> str:
         >>> folder_name(["peak_lr=0.001", "stabilize=qk_norm+admin", "seed=0"])
         'peak_lr=0.001,stabilize=qk_norm+admin,seed=0'
         >>> folder_name(["path=/data/a b", "seed=0"])
-        'path=_data_a_b,seed=0-5b64daa5'
+        'path=_data_a_b,seed=0-ea377a12'
     """
     exact = ",".join(parts)
     name = _UNSAFE.sub("_", exact)[:_LONGEST_NAME]

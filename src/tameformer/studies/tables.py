@@ -1,45 +1,40 @@
 """The results of a comparison as rows of text: for the terminal and for the page alike."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tameformer.report.read import clean
 from tameformer.report.tables import Table
 from tameformer.report.wording import direction, label, number, quantity
+from tameformer.studies.cells import State
 from tameformer.studies.results import Difference, Results, Row, Variant
 from tameformer.studies.statistics import Interval
 
 DASH = "\u2013"
 
 
-def result_table(results: Results, metrics: Sequence[str]) -> Table:
-    """A row each combination of values."""
-    columns = (
-        *(factor.name for factor in results.grid.factors),
-        *map(label, metrics),
-        "finished",
-        "diverged",
-        "failed",
+def result_table(results: Results, metrics: Sequence[str], *, heading: Callable[[str], str] = label) -> Table:
+    """A row each combination of values; how many diverged or failed only where any did."""
+    states: list[State] = [state for state in ("diverged", "failed") if any(row.count(state) for row in results.rows)]
+    factors = [clean(factor.name) for factor in results.grid.factors]
+    rows = tuple(
+        (
+            *(clean(choice.label) for choice in row.choices),
+            *(with_interval(key, row.metric(key)) for key in metrics),
+            f"{row.count('finished')} of {len(row.results)}",
+            *(str(row.count(state) or "") for state in states),
+        )
+        for row in results.rows
     )
-    return Table(
-        "Mean over seeds, with 95 % interval",
-        tuple(map(clean, columns)),
-        tuple(_result_row(row, metrics) for row in results.rows),
-        note="The mean is that of the runs that finished; those that diverged are counted beside it.",
-    )
+    note = "The mean is that of the runs that finished; those that diverged are counted beside it." if states else ""
+    columns = (*factors, *map(heading, metrics), "finished", *states)
+    return Table("Mean over seeds, with 95 % interval", columns, rows, note=note)
 
 
-def _result_row(row: Row, metrics: Sequence[str]) -> tuple[str, ...]:
-    counts = (str(row.count("diverged") or ""), str(row.count("failed") or ""))
-    values = (with_interval(key, row.metric(key)) for key in metrics)
-    names = (clean(choice.label) for choice in row.choices)
-    return (*names, *values, f"{row.count('finished')} of {len(row.results)}", *counts)
-
-
-def rate_table(results: Results) -> Table:
+def rate_table(results: Results, *, heading: Callable[[str], str] = label) -> Table:
     """A row each variant: what the learning rate does to it; no rows unless the rate is varied."""
-    columns = ("variant", "sensitivity", "seeds", "best rate", f"{label(results.loss)} there",
-               "usable rates", "highest, to the first's", "width, to the first's")  # fmt: skip
+    columns = ("variant", "sensitivity", "seeds", "best rate", f"{heading(results.loss)} there",
+               "usable rates", "highest / first's", "width / first's")  # fmt: skip
     rows = tuple(_rate_row(results, variant) for variant in results.variants) if results.grid.rates else ()
     note = (
         f"Sensitivity: mean over the rates of min(loss, start) - best (Wortsman et al. 2023); start is the "
@@ -70,8 +65,8 @@ def usable_words(variant: Variant) -> str:
     if variant.usable is None:
         return "none"
     low, high = variant.usable
-    span = f"{number(low)} only" if low == high else f"{number(low)} to {number(high)}"
-    return span + " or higher" * (high == variant.rates[-1])
+    span = number(low) if low == high else f"{number(low)} to {number(high)}"
+    return span + (" or higher" if high == variant.rates[-1] else " only" if low == high else "")
 
 
 def difference_table(results: Results) -> Table:
@@ -112,7 +107,7 @@ def reading(key: str, found: Interval | None) -> str:
     if found is None:
         return "no pair finished"
     if found.half_width is None:
-        return "one seed says nothing about the next"
+        return "one seed only"
     if found.low <= 0 <= found.high:
         return "no clear difference"
     better = direction(key)
