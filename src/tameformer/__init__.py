@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tameformer.health import Diagnosis, Monitor, diagnose
     from tameformer.nn.attention.entropy import attention_entropy
     from tameformer.patch import PatchHandle
+    from tameformer.recipes.export import Exported, export, load
     from tameformer.recipes.launch import Result, train
     from tameformer.stabilizers import (
         admin,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Diagnosis": "tameformer.health",
+    "Exported": "tameformer.recipes.export",
     "Monitor": "tameformer.health",
     "PatchHandle": "tameformer.patch",
     "Result": "tameformer.recipes.launch",
@@ -43,7 +45,9 @@ _HOMES = {
     "admin": "tameformer.stabilizers",
     "deepnorm": "tameformer.stabilizers",
     "depth_scaled_init": "tameformer.stabilizers",
+    "export": "tameformer.recipes.export",
     "layer_scale": "tameformer.stabilizers",
+    "load": "tameformer.recipes.export",
     "peri_norm": "tameformer.stabilizers",
     "qk_clip": "tameformer.stabilizers",
     "qk_clip_state": "tameformer.stabilizers",
@@ -59,6 +63,7 @@ _HOMES = {
 }
 __all__ = [
     "Diagnosis",
+    "Exported",
     "Monitor",
     "PatchHandle",
     "Result",
@@ -68,7 +73,9 @@ __all__ = [
     "deepnorm",
     "depth_scaled_init",
     "diagnose",
+    "export",
     "layer_scale",
+    "load",
     "peri_norm",
     "qk_clip",
     "qk_clip_state",

@@ -85,9 +85,11 @@ def accepts(kind: Any, value: Any) -> bool:
         return any(type(value) is type(argument) and value == argument for argument in arguments)
     if origin in _LISTS:
         return isinstance(value, list) and all(accepts(arguments[0], item) for item in value)
+    if origin is tuple:
+        return isinstance(value, list) and len(value) == len(arguments) and all(map(accepts, arguments, value))
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+    return isinstance(value, (int, float) if kind is float else kind)  # null has the kind NoneType
 
 
 def type_name(kind: Any) -> str:

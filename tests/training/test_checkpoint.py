@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_no_remains(tmp_path, monkey
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(module, "_sync", full)
+    monkeypatch.setattr(module, "sync", full)
     with pytest.raises(OSError, match=r"checkpoint of step 2 was not written: .*No space left"):
         folder.save(2, content)
     assert [path.name for path in folder.folder.iterdir()] == ["step-000001"]

@@ -15,6 +15,7 @@ commands:
   diagnose MODEL_OR_RUN              health of a run's checkpoint or a Hugging Face folder, layer by layer
   compare RECIPE --vary a.b=1,2      the recipe over a grid of settings and seeds: table, curves, learning-rate sensitivity
   report RUN [RUN ...]               one self-contained HTML page from run folders
+  export RUN OUT                     an ordinary model from a run, all methods folded in: config.json, model.safetensors
   methods                            what makes a model stable, one line each
   recipes                            the recipes there are, one line each
 
@@ -27,7 +28,10 @@ examples:
 `tame COMMAND --help` says more. Exit codes: 0 finished, 1 error, 2 usage, 3 diverged,
 130 and 143 stopped by Ctrl-C or SIGTERM after a save.
 """
-COMMANDS = {name: f"tameformer.cli.{name}" for name in ("train", "diagnose", "compare", "report", "methods", "recipes")}
+COMMANDS = {
+    name: f"tameformer.cli.{name}"
+    for name in ("train", "diagnose", "compare", "report", "export", "methods", "recipes")
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

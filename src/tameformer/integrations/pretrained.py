@@ -1,5 +1,6 @@
 """Hugging Face folders under `diagnose`."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,17 @@ def examine_pretrained(path: Path, text: Path | None = None) -> tuple[Diagnosis,
         The diagnosis, and what it was measured on, in words.
 
     Raises:
-        DataError: A text for a folder without a tokenizer, or an empty one.
+        DataError: A text for a folder without a tokenizer, or an empty one; a folder of another kind.
     """
     try:
         import transformers
     except ImportError as error:
         raise missing_extra("transformers", "hf") from error
+    if "model_type" not in json.loads((path / "config.json").read_text(encoding="utf-8")):
+        raise DataError(
+            f"{path} names no model_type in its config.json: no folder of Hugging Face. A model that `tame export` wrote "
+            f"was exported without its data; diagnose the run instead"
+        )
     config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     model = _model_class(transformers, config).from_pretrained(path, local_files_only=True, use_safetensors=True)
     if text is not None:

@@ -1,5 +1,6 @@
 """Models: building blocks put together from a configuration."""
 
+from tameformer.models.architecture import BUILDERS, Architecture
 from tameformer.models.decoder import Decoder, DecoderConfig, decoder
 from tameformer.models.encoder import Encoder, EncoderConfig, encoder
 from tameformer.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, encoder_decoder
@@ -7,6 +8,8 @@ from tameformer.models.generate import beam_search, decoder_steps, greedy, sampl
 from tameformer.models.vision import VisionClassifier, VisionConfig, vision_classifier
 
 __all__ = [
+    "BUILDERS",
+    "Architecture",
     "Decoder",
     "DecoderConfig",
     "Encoder",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tameformer.data import FirstBatches, Plan, Source, stream
 from tameformer.errors import ConfigError
+from tameformer.models import Architecture
 from tameformer.nn.attention import set_compute_dtype
 from tameformer.optim import optimizers, schedule
 from tameformer.recipes.config import RecipeConfig
@@ -23,7 +24,9 @@ from tameformer.training import Run
 from tameformer.training.run import Evaluation
 from tameformer.training.step import Batch, Loss
 
-Model = TypeVar("Model", bound=nn.Module)
+Built = TypeVar("Built")
+ARCHITECTURE = "model.json"
+"""In the run folder: what its model is built from."""
 
 
 def num_steps(config: RecipeConfig, plan: Plan) -> int:
@@ -34,8 +37,8 @@ def num_steps(config: RecipeConfig, plan: Plan) -> int:
     return sum(plan.steps_in_epoch(epoch) for epoch in range(config.num_train_epochs))
 
 
-def seeded(seed: int, build: Callable[[], Model]) -> Model:
-    """A model whose weights depend on the seed alone; the global random state is left as it was."""
+def seeded(seed: int, build: Callable[[], Built]) -> Built:
+    """What is built, such as a model, with weights that depend on the seed alone; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
@@ -45,7 +48,7 @@ def assemble(
     config: RecipeConfig,
     *,
     folder: Path,
-    model: nn.Module,
+    architecture: Architecture,
     source: Source,
     plan: Plan,
     loss: Loss,
@@ -61,7 +64,7 @@ def assemble(
     Args:
         config: The configuration.
         folder: The run folder; what a profile gave is taken from there again once it holds a checkpoint.
-        model: Fresh.
+        architecture: What the model is built from; it goes into the run folder.
         source: Training data.
         plan: Its order.
         loss: The loss of a batch, summed over its targets.
@@ -84,6 +87,7 @@ def assemble(
         rates = schedule(config.optim, total_steps=max_steps)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    model = seeded(config.seed, architecture.build)
     batches = partial(stream, source, plan, accumulation=config.gradient_accumulation_steps)
     try:  # before the optimizers exist, so that new parameters reach them
         _, loss, profiled = apply_methods(
@@ -92,12 +96,12 @@ def assemble(
             loss,
             batches=partial(_first_step, model, batches),
             mask=mask,
-            profiled=_profiled(folder),
+            profiled=read_profile(folder),
         )
     except ValueError as error:
         raise ConfigError(f"stabilize: {error}") from error
-    if profiled:
-        artifacts = {**(artifacts or {}), PROFILE: json.dumps(profiled, indent=1) + "\n"}
+    kept = {ARCHITECTURE: architecture.to_plain(), **({PROFILE: profiled} if profiled else {})}
+    texts = {name: json.dumps(values, indent=1) + "\n" for name, values in kept.items()}
     # Everything outside the layers is an embedding, a stem or an output head.
     updated_by = optimizers(model, config.optim, is_hidden=lambda name: ".layers." in name)
     return Run(
@@ -113,7 +117,7 @@ def assemble(
         ema_decay=config.optim.ema_decay,
         evaluate=evaluate,
         test=test,
-        artifacts=artifacts or {},
+        artifacts={**(artifacts or {}), **texts},
         watch=config.probes.watch(model, updated_by, logging_steps=config.loop.logging_steps, last_step=max_steps),
         set_attention_dtype=partial(set_compute_dtype, model),
         seed=config.seed,
@@ -134,8 +138,8 @@ def _first_step(model: nn.Module, batches: Callable[..., Any]) -> list[Batch]:
     ]
 
 
-def _profiled(folder: Path) -> dict[str, Any]:
-    """What profiles gave when the run began, where one began here."""
+def read_profile(folder: Path) -> dict[str, Any]:
+    """What profiles gave when the run began; nothing where the folder holds no checkpoint yet."""
     file = folder / PROFILE
     began = (folder / CHECKPOINTS).is_dir() and file.is_file()
     return json.loads(file.read_text(encoding="utf-8")) if began else {}

@@ -14,8 +14,8 @@ from tameformer.data import SequentialBatches, ShuffledBatches, Source, single_p
 from tameformer.data.text import read_text
 from tameformer.data.tokenizers import CharTokenizer
 from tameformer.data.windows import EvaluationWindows, TokenWindows
-from tameformer.models.decoder import DecoderConfig, decoder
-from tameformer.recipes.assemble import assemble, require_path, seeded
+from tameformer.models import Architecture, DecoderConfig
+from tameformer.recipes.assemble import assemble, require_path
 from tameformer.recipes.config import RecipeConfig
 from tameformer.training import Engine, Run, mean_metrics
 from tameformer.training.step import Batch
@@ -66,11 +66,10 @@ def build(config: Config, folder: Path) -> Run:
     if config.data.tuning_fraction:
         learning, judging = cut(learning, config.data.tuning_fraction)
     train = TokenWindows(learning, config.model.max_length)
-    model = seeded(config.seed, lambda: decoder(config.model, vocab_size=tokenizer.vocab_size))
     return assemble(
         config,
         folder=folder,
-        model=model,
+        architecture=Architecture("decoder", config.model, {"vocab_size": tokenizer.vocab_size}),
         source=train,
         plan=ShuffledBatches(len(train), config.data.batch_size, seed=config.order_seed),
         loss=language_loss,

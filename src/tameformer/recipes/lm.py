@@ -14,9 +14,9 @@ from tameformer.data.documents import read_documents
 from tameformer.data.packing import PackedDocuments, pack_texts
 from tameformer.data.tokenizers import BPETokenizer, train_bpe
 from tameformer.errors import ConfigError
-from tameformer.models.decoder import DecoderConfig, decoder
+from tameformer.models import Architecture, DecoderConfig
 from tameformer.nn.masks import document_mask
-from tameformer.recipes.assemble import assemble, require_path, seeded
+from tameformer.recipes.assemble import assemble, require_path
 from tameformer.recipes.config import RecipeConfig
 from tameformer.training import Engine, Run, mean_metrics
 from tameformer.training.step import Batch
@@ -71,11 +71,10 @@ def build(config: Config, folder: Path) -> Run:
     learning, judging = texts(config.data)
     tokenizer = find_tokenizer(config.data, folder, learning)
     train, held_out = (pack_texts(part, tokenizer, config.model.max_length) for part in (learning, judging))
-    model = seeded(config.seed, lambda: decoder(config.model, vocab_size=tokenizer.vocab_size))
     return assemble(
         config,
         folder=folder,
-        model=model,
+        architecture=Architecture("decoder", config.model, {"vocab_size": tokenizer.vocab_size}),
         source=train,
         plan=ShuffledBatches(len(train), config.data.batch_size, seed=config.order_seed),
         loss=packed_loss,

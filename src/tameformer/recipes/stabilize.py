@@ -17,7 +17,7 @@ PROFILE = "profile.json"
 Settings = Mapping[str, Any]
 
 
-def methods_of(items: Sequence[str | Mapping[str, Any]]) -> list[tuple[str, Settings]]:
+def methods_of(items: Sequence[Any]) -> list[tuple[str, Settings]]:
     """Names with settings, from names and mappings of one name to its settings.
 
     Raises:
@@ -29,10 +29,9 @@ def methods_of(items: Sequence[str | Mapping[str, Any]]) -> list[tuple[str, Sett
     """
     found: list[tuple[str, Settings]] = []
     for item in items:
-        if not isinstance(item, str) and len(item) != 1:
-            raise ValueError(
-                f"stabilize: expected one method an item, got {', '.join(item) or 'none'}; put each into its own"
-            )
+        if not isinstance(item, str) and not (isinstance(item, Mapping) and len(item) == 1):
+            got = ", ".join(map(str, item)) if isinstance(item, Mapping) else repr(item)
+            raise ValueError(f"stabilize: expected one method an item, got {got or 'none'}; put each into its own")
         name, settings = (item, {}) if isinstance(item, str) else next(iter(item.items()))
         if name not in METHODS:
             near = nearest(str(name), list(METHODS))

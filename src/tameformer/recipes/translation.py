@@ -15,9 +15,9 @@ from tameformer.data import SampleKeys, single_pass
 from tameformer.data.buckets import LengthSortedBatches, TokenBuckets
 from tameformer.data.pairs import PairSource, read_pairs, read_pairs_tsv, tokenized_pairs
 from tameformer.data.tokenizers import BPETokenizer, train_bpe
-from tameformer.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, encoder_decoder
+from tameformer.models import Architecture, EncoderDecoder, EncoderDecoderConfig
 from tameformer.models.generate import beam_search, translation_steps
-from tameformer.recipes.assemble import assemble, require_path, seeded
+from tameformer.recipes.assemble import assemble, require_path
 from tameformer.recipes.bleu import bleu_scores, bleu_signatures
 from tameformer.recipes.config import RecipeConfig
 from tameformer.training import Engine, Run, mean_metrics
@@ -103,10 +103,7 @@ def build(config: Config, folder: Path) -> Run:
     )
     train = tokenized_pairs(pairs, tokenizer, max_length=data.max_length)
     held_out = tokenized_pairs(validation, tokenizer, max_length=config.model.max_length, too_long="refuse")
-    model = seeded(
-        config.seed,
-        lambda: encoder_decoder(config.model, vocab_size=tokenizer.vocab_size, padding_id=tokenizer.padding_id),
-    )
+    told = {"vocab_size": tokenizer.vocab_size, "padding_id": tokenizer.padding_id}
     to_test = read(data, data.test_path) if data.test_path is not None else validation
     translated = partial(
         translation_quality,
@@ -121,7 +118,7 @@ def build(config: Config, folder: Path) -> Run:
     return assemble(
         config,
         folder=folder,
-        model=model,
+        architecture=Architecture("encoder_decoder", config.model, told),
         source=train,
         plan=TokenBuckets(
             train.lengths,

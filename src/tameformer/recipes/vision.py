@@ -1,11 +1,13 @@
 """Image classification with a Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929)."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,12 +30,13 @@ from tameformer.data.sources import (
     image_folder,
     npz_arrays,
 )
-from tameformer.models.vision import VisionConfig, vision_classifier
-from tameformer.recipes.assemble import assemble, require_path, seeded
+from tameformer.models import Architecture, VisionConfig
+from tameformer.recipes.assemble import assemble, require_path
 from tameformer.recipes.config import RecipeConfig
 from tameformer.training import Engine, Run, mean_metrics
 from tameformer.training.step import Batch
 
+PREPROCESSING = "preprocessing.json"
 ImageSource = ArraySource | DecodedImages
 Augmentation = Literal["shift", "flip", "affine", "erasing", "trivial_augment", "rand_augment"]
 
@@ -102,26 +105,32 @@ def build(config: Config, folder: Path) -> Run:
     train, held_out = sources(data, config.order_seed)
     mixed = data.mixup_alpha or data.cutmix_alpha
     source = MixedSource(train, mixup_alpha=data.mixup_alpha, cutmix_alpha=data.cutmix_alpha) if mixed else train
-    model = seeded(
-        config.seed,
-        lambda: vision_classifier(
-            config.model,
-            num_classes=train.num_classes,
-            image_size=train.image_shape[1:],
-            channels=train.image_shape[0],
-        ),
-    )
+    channels, *sides = train.image_shape
+    told = {"num_classes": train.num_classes, "image_size": tuple(sides), "channels": channels}
     return assemble(
         config,
         folder=folder,
-        model=model,
+        architecture=Architecture("vision_classifier", config.model, told),
         source=source,
         plan=ShuffledBatches(len(train), data.batch_size, seed=config.order_seed),
         loss=partial(classification_loss, label_smoothing=config.label_smoothing),
         unit="samples",
         evaluate=partial(evaluate, source=held_out, batch_size=data.eval_batch_size),
         num_workers=data.num_workers,
+        artifacts={PREPROCESSING: json.dumps(preprocessing(train), indent=1) + "\n"},
     )
+
+
+def preprocessing(source: ImageSource) -> dict[str, Any]:
+    """How an image becomes the model's input: (image / divide_by - mean) / std, by channel; and what the classes are called."""
+    is_bytes = isinstance(source, DecodedImages) or source.images.dtype == np.uint8
+    return {
+        "image_shape": list(source.image_shape),
+        "divide_by": 255.0 if is_bytes else 1.0,
+        "mean": list(source.mean),
+        "std": list(source.std),
+        "class_names": list(source.class_names),
+    }
 
 
 def sources(data: VisionDataConfig, seed: int) -> tuple[ImageSource, ImageSource]:

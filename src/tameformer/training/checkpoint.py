@@ -194,12 +194,12 @@ class CheckpointFolder:
             manifest = {"step": step, "files": {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}}
             (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             for file in temporary.iterdir():
-                _sync(file)
-            _sync(temporary)
+                sync(file)
+            sync(temporary)
             if final.exists():  # a checkpoint of this step that did not verify, or of an earlier telling of it
                 shutil.rmtree(final)
             temporary.rename(final)
-            _sync(self.folder)
+            sync(self.folder)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(f"checkpoint of step {step} was not written: {error}") from error
@@ -285,7 +285,8 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file or a folder on the disk when this returns."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

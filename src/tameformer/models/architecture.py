@@ -1,0 +1,82 @@
+"""What a model was built with, as plain values: enough to build it again where neither its data nor its recipe is."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, get_type_hints
+
+from torch import nn
+
+from tameformer import config as configuration
+from tameformer.errors import ConfigError
+from tameformer.models.decoder import DecoderConfig, decoder
+from tameformer.models.encoder import EncoderConfig, encoder
+from tameformer.models.encoder_decoder import EncoderDecoderConfig, encoder_decoder
+from tameformer.models.stack import StackConfig
+from tameformer.models.vision import VisionConfig, vision_classifier
+
+BUILDERS: dict[str, tuple[Callable[..., nn.Module], type[StackConfig]]] = {
+    "decoder": (decoder, DecoderConfig),
+    "encoder": (encoder, EncoderConfig),
+    "encoder_decoder": (encoder_decoder, EncoderDecoderConfig),
+    "vision_classifier": (vision_classifier, VisionConfig),
+}
+"""The builders by their names in files: nothing else is called because a file says so."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A builder, its configuration, and what it was told of the data."""
+
+    builder: str
+    """A name in `BUILDERS`."""
+    config: StackConfig
+    """Its configuration."""
+    arguments: Mapping[str, Any]
+    """Its other arguments, such as `vocab_size`."""
+
+    def build(self) -> nn.Module:
+        """The model with fresh weights, the same for the same `torch.manual_seed`."""
+        return BUILDERS[self.builder][0](self.config, **self.arguments)
+
+    def to_plain(self) -> dict[str, Any]:
+        """The same as values that JSON can hold.
+
+        Example:
+            >>> Architecture("decoder", DecoderConfig(dim=16), {"vocab_size": 65}).to_plain()["arguments"]
+            {'vocab_size': 65}
+        """
+        return {"builder": self.builder, "config": asdict(self.config), "arguments": dict(self.arguments)}
+
+    @classmethod
+    def from_plain(cls, values: Any) -> "Architecture":
+        """The inverse of `to_plain`.
+
+        Raises:
+            ConfigError: An unknown or missing key, an unknown builder, or a value of the wrong type.
+        """
+        wanted = {"builder", "config", "arguments"}
+        keys = values.keys() if isinstance(values, Mapping) else set()
+        if keys != wanted or not all(isinstance(values[key], Mapping) for key in ("config", "arguments")):
+            raise ConfigError(f"expected a builder with its config and arguments, got {', '.join(keys) or values!r}")
+        if values["builder"] not in BUILDERS:
+            near = configuration.nearest(str(values["builder"]), list(BUILDERS))
+            raise ConfigError(f"there is no model {values['builder']}; did you mean {near}?")
+        builder, config_class = BUILDERS[values["builder"]]
+        hints = get_type_hints(builder)
+        required = {
+            name
+            for name, parameter in inspect.signature(builder).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty
+        }
+        arguments = values["arguments"]
+        for name in required ^ arguments.keys():
+            problem = "is missing" if name in required else f"is unknown; it takes {', '.join(sorted(required))}"
+            raise ConfigError(f"{values['builder']}: the argument {name} {problem}")
+        for name, value in arguments.items():
+            if not configuration.accepts(hints[name], value):
+                raise ConfigError(
+                    f"{values['builder']}: {name} expects {configuration.type_name(hints[name])}, got {value!r}"
+                )
+        made = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()}
+        return cls(values["builder"], configuration.build(config_class, values["config"]), made)
