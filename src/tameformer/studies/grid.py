@@ -19,7 +19,7 @@ RATE = "optim.peak_lr"
 NONE = "none"
 # The comparison sets these itself.
 _OWN = {"seed": "--seeds", "output_dir": "--output_dir", "loop.eval_on_start": "nothing: it is always on"}
-_UNSAFE = re.compile(r"[^\w.+=,-]")
+_UNSAFE = re.compile(r"[^\w.+=,-]+")
 _LONGEST_NAME = 120  # of 255 that file systems allow, since a checkpoint's temporary files add to it
 
 

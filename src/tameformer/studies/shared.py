@@ -5,6 +5,7 @@ worker that dies stops sending signs of life, and its cell is offered again.
 """
 
 import hashlib
+import math
 import os
 import time
 import warnings
@@ -59,7 +60,7 @@ class StorageQueue:
         self._trials: dict[str, Any] = {}
         self._settled: set[str] = set()
         self._given_up: set[str] = set()
-        self._beaten = self._offered = 0.0
+        self._beaten = self._offered = self._found_nothing = -math.inf
         try:
             self._storage, self._study = self._open(storage, study, heartbeat_seconds, grace_seconds)
         except ImportError:
@@ -90,6 +91,8 @@ class StorageQueue:
 
     def take(self) -> tuple[Cell, int] | None:
         """The next cell that no worker has, here or elsewhere."""
+        if time.monotonic() - self._found_nothing < SECONDS_BETWEEN_OFFERS:
+            return None  # the database need not be asked ten times a second
         self._offer_what_nobody_has()
         while self._study.get_trials(deepcopy=False, states=(self._states.WAITING,)):
             with self._without_warnings():
@@ -106,6 +109,7 @@ class StorageQueue:
             if lock is not None:
                 os.close(lock)
             self._study.tell(trial, state=self._states.PRUNED)
+        self._found_nothing = time.monotonic()
         return None
 
     def settle(self, cell: Cell, state: State) -> None:
