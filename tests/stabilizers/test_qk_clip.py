@@ -301,7 +301,7 @@ def test_removal_is_exact_and_the_hook_goes_with_the_last():
         weights = [p.clone() for p in model.parameters()]
         torch.optim.SGD(model.parameters(), lr=0.0).step()
         assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
-    for clip in list(LIVE.clips):  # of other tests' models
+    for clip in list(LIVE.live):  # of other tests' models
         LIVE.discard(clip)
     assert LIVE.hook is None
     handle = qk_clip(model)
@@ -311,7 +311,7 @@ def test_removal_is_exact_and_the_hook_goes_with_the_last():
 
 
 def test_a_model_that_is_gone_takes_the_hook_with_it():
-    for clip in list(LIVE.clips):
+    for clip in list(LIVE.live):
         LIVE.discard(clip)
     model, run = built("encoder")
     qk_clip(model)

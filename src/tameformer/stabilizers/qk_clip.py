@@ -10,7 +10,6 @@ infinite, which is counted. Not for attention with latent keys, nor beside `qk_n
 """
 
 import math
-import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,11 +18,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, distributed, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tameformer.errors import PatchError
 from tameformer.nn.attention.largest_logits import largest_logits
+from tameformer.optim.followed import Followed
 from tameformer.patch.adapters import Attention, Matrix
 from tameformer.patch.attend import OpenAttention, check_calls_torch, open_attention
 from tameformer.patch.handle import PatchHandle
@@ -153,9 +151,8 @@ class _Clip:
         self.__dict__.update(state)
         LIVE.add(self)  # a copy of the model clips its own weights
 
-    @property
-    def weight(self) -> Any:
-        """The queries' stored weight, whose step is followed."""
+    def followed(self) -> Tensor:
+        """The queries' stored weight."""
         return getattr(self.attention.query.module, self.attention.query.weight)
 
     def __call__(
@@ -228,38 +225,4 @@ def _sharded_as(stored: Any, factors: Tensor) -> Any:
     return distribute_tensor(factors, stored.device_mesh, placements, src_data_rank=None)
 
 
-class _Live:
-    """The clips alive in this process, and the one hook that sees every optimizer's step while there are any."""
-
-    def __init__(self) -> None:
-        self.clips: weakref.WeakSet[_Clip] = weakref.WeakSet()
-        self.hook: Any = None
-
-    def add(self, clip: _Clip) -> None:
-        self.clips.add(clip)
-        if self.hook is None:
-            self.hook = register_optimizer_step_post_hook(self.stepped)
-
-    def discard(self, clip: _Clip) -> None:
-        self.clips.discard(clip)
-        self._release()
-
-    def _release(self) -> None:
-        if not self.clips and self.hook is not None:
-            self.hook.remove()
-            self.hook = None
-
-    def stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        place = {id(parameter): number for number, parameter in enumerate(parameters)}
-        due = [clip for clip in self.clips if id(clip.weight) in place]
-        # In the optimizer's order, which is the same in all processes.
-        due.sort(key=lambda clip: place[id(clip.weight)])
-        if due:
-            clip_due(due)
-        # torch is walking through the hooks, and only the last may take itself away.
-        if self.hook is not None and self.hook.id == next(reversed(self.hook.hooks_dict_ref())):
-            self._release()
-
-
-LIVE = _Live()
+LIVE = Followed(clip_due)

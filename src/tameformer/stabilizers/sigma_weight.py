@@ -7,7 +7,6 @@ move it.) A loop that updates weights without a torch optimizer is noticed by th
 `advance` is for what neither sees.
 """
 
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import ParametrizationList
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from tameformer.errors import PatchError
+from tameformer.optim.followed import Followed
 from tameformer.stabilizers.power_iteration import image_and_sigma, leading_left, power_steps
 from tameformer.stabilizers.weight_parts import Parts
 
@@ -121,6 +120,10 @@ class SigmaReparam(nn.Module):
         """The stored weight; after an optimizer's step this is what it stepped."""
         assert self._now.owner is not None, "it was registered"
         return self._now.owner.original  # pyright: ignore[reportReturnType]
+
+    def followed(self) -> Tensor | None:
+        """The stored weight, once it has values."""
+        return self.weight if self._now.owner is not None and self._now.is_ready else None
 
     def attach(self, owner: ParametrizationList) -> None:
         """Follow the stored weight in `owner`, where it is once this is registered."""
@@ -315,44 +318,6 @@ def _full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-class _Followed:
-    """The weights alive in this process, and the one hook that sees every optimizer's step while there are any."""
-
-    def __init__(self) -> None:
-        self.live: weakref.WeakSet[SigmaReparam] = weakref.WeakSet()
-        self.hook: Any = None
-
-    def add(self, one: SigmaReparam) -> None:
-        self.live.add(one)
-        if self.hook is None:
-            self.hook = register_optimizer_step_post_hook(self.stepped)
-
-    def discard(self, one: SigmaReparam) -> None:
-        self.live.discard(one)
-        self._release()
-
-    def _release(self) -> None:
-        if not self.live and self.hook is not None:
-            self.hook.remove()
-            self.hook = None
-
-    def stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        place = {id(parameter): number for number, parameter in enumerate(parameters)}
-        due = [one for one in self.live if one._now.owner is not None and one._now.is_ready and id(one.weight) in place]
-        # In the optimizer's order, which is the same in all processes: they gather sharded weights together.
-        due.sort(key=lambda one: place[id(one.weight)])
-        for one in due:
-            one._now.has_optimizer = True
-        _advance(due)
-        # torch is walking through the hooks, and only the last may take itself away.
-        if self.hook is not None and self.hook.id == next(reversed(self.hook.hooks_dict_ref())):
-            self._release()
-
-
-FOLLOWED = _Followed()
-
-
 @torch.no_grad()
 def _advance(due: Iterable[SigmaReparam]) -> None:
     """The power steps of these weights after an update, those that take the same number together."""
@@ -372,6 +337,15 @@ def _advance(due: Iterable[SigmaReparam]) -> None:
             one.left.copy_(torch.cat([next(found) for _ in one.parts.sizes]))
             one._now.images, one._now.count = None, one._updates_so_far() + 1
             one.updates.add_(1)
+
+
+def _after_step(due: list[SigmaReparam]) -> None:
+    for one in due:
+        one._now.has_optimizer = True
+    _advance(due)
+
+
+FOLLOWED = Followed(_after_step)
 
 
 def advance(model: nn.Module) -> None:
