@@ -10,6 +10,7 @@ from tameformer.patch import Observation
 from tameformer.probes import Watch, gradients
 from tameformer.probes.gradients import GradientNorm, GradientOverEpsilon
 from tameformer.recipes.launch import train
+from tameformer.stabilizers.sigma_reparam import sigma_reparam
 
 
 def bert():
@@ -206,3 +207,20 @@ def test_the_training_loop_hands_them_on(monkeypatch, tmp_path):
     (first, second) = map(json.loads, (tmp_path / "probes.jsonl").read_text().splitlines())
     assert any(key.startswith("diag/grad_norm/") for key in first)
     assert any(key.startswith("diag/grad_rms_over_epsilon/") for key in second)
+
+
+def test_a_parametrized_weight_counts_with_its_module():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    plain = GradientNorm(layer)
+    loss = lambda: layer(torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))).square().sum()  # noqa: E731
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    names = observe(layer.eval(), optimizer, [plain], loss).keys()
+    sigma_reparam(layer)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    norms = GradientNorm(layer)
+    values = observe(layer, optimizer, [norms, GradientOverEpsilon(layer, [optimizer], norms=norms)], loss)
+    assert values.keys() == names
+    joint = [p.grad.flatten() for name, p in layer.named_parameters() if name.startswith("linear1.")]
+    assert len(joint) == 3
+    torch.testing.assert_close(values["diag/grad_norm/linear1"], torch.cat(joint).norm())

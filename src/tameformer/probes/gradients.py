@@ -196,11 +196,15 @@ def _norms(gradients: Sequence[Tensor]) -> Tensor:
 def by_owner(names: Sequence[str]) -> dict[str, list[int]]:
     """Numbers of the parameters of each module; one of the model itself stands under its own name.
 
+    What a parametrization of a weight holds counts as the module's own: a key's bias alone, say, has no gradient at all,
+    since it shifts all logits of a query alike.
+
     Example:
-        >>> by_owner(["up.weight", "up.bias", "token"])
+        >>> by_owner(["up.parametrizations.weight.original", "up.bias", "token"])
         {'up': [0, 1], 'token': [2]}
     """
     owners: dict[str, list[int]] = {}
     for number, name in enumerate(names):
-        owners.setdefault(name.rpartition(".")[0] or name, []).append(number)
+        owner = name.rpartition(".")[0] or name
+        owners.setdefault(owner.partition(".parametrizations.")[0], []).append(number)
     return owners
