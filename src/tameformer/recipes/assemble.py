@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tameformer.data import FirstBatches, Plan, Source, stream
 from tameformer.errors import ConfigError
+from tameformer.health import Policy
 from tameformer.models import Architecture
 from tameformer.nn.attention import set_compute_dtype
 from tameformer.optim import optimizers, schedule
@@ -47,13 +48,13 @@ def seeded(seed: int, build: Callable[[], Built]) -> Built:
 def assemble(
     config: RecipeConfig,
     *,
-    folder: Path,
-    architecture: Architecture,
+    model: Architecture | nn.Module,
     source: Source,
     plan: Plan,
     loss: Loss,
     unit: str,
     evaluate: Evaluation | None,
+    folder: Path | None = None,
     test: Evaluation | None = None,
     num_workers: int = 0,
     artifacts: Mapping[str, str] | None = None,
@@ -63,13 +64,14 @@ def assemble(
 
     Args:
         config: The configuration.
-        folder: The run folder; what a profile gave is taken from there again once it holds a checkpoint.
-        architecture: What the model is built from; it goes into the run folder.
+        model: What it is built from, with the run's seed; that goes into the run folder, and `tame export` needs it. Or a
+            fresh module.
         source: Training data.
         plan: Its order.
         loss: The loss of a batch, summed over its targets.
         unit: What `num_items` counts.
         evaluate: Metrics during the run.
+        folder: The run folder; what a profile gave is taken from there again once it holds a checkpoint.
         test: Metrics once, at the end.
         num_workers: Processes that prepare batches ahead.
         artifacts: Text files for the run folder.
@@ -87,7 +89,9 @@ def assemble(
         rates = schedule(config.optim, total_steps=max_steps)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    model = seeded(config.seed, architecture.build)
+    kept: dict[str, Any] = {}
+    if isinstance(model, Architecture):
+        kept[ARCHITECTURE], model = model.to_plain(), seeded(config.seed, model.build)
     batches = partial(stream, source, plan, accumulation=config.gradient_accumulation_steps)
     try:  # before the optimizers exist, so that new parameters reach them
         _, loss, profiled = apply_methods(
@@ -100,7 +104,8 @@ def assemble(
         )
     except ValueError as error:
         raise ConfigError(f"stabilize: {error}") from error
-    kept = {ARCHITECTURE: architecture.to_plain(), **({PROFILE: profiled} if profiled else {})}
+    if profiled:
+        kept[PROFILE] = profiled
     texts = {name: json.dumps(values, indent=1) + "\n" for name, values in kept.items()}
     # Everything outside the layers is an embedding, a stem or an output head.
     updated_by = optimizers(model, config.optim, is_hidden=lambda name: ".layers." in name)
@@ -118,6 +123,7 @@ def assemble(
         evaluate=evaluate,
         test=test,
         artifacts={**(artifacts or {}), **texts},
+        guard=Policy(config.guard),
         watch=config.probes.watch(model, updated_by, logging_steps=config.loop.logging_steps, last_step=max_steps),
         set_attention_dtype=partial(set_compute_dtype, model),
         seed=config.seed,
@@ -138,8 +144,10 @@ def _first_step(model: nn.Module, batches: Callable[..., Any]) -> list[Batch]:
     ]
 
 
-def read_profile(folder: Path) -> dict[str, Any]:
-    """What profiles gave when the run began; nothing where the folder holds no checkpoint yet."""
+def read_profile(folder: Path | None) -> dict[str, Any]:
+    """What profiles gave when the run began; nothing where no folder holds a checkpoint yet."""
+    if folder is None:
+        return {}
     file = folder / PROFILE
     began = (folder / CHECKPOINTS).is_dir() and file.is_file()
     return json.loads(file.read_text(encoding="utf-8")) if began else {}

@@ -69,7 +69,7 @@ def build(config: Config, folder: Path) -> Run:
     return assemble(
         config,
         folder=folder,
-        architecture=Architecture("decoder", config.model, {"vocab_size": tokenizer.vocab_size}),
+        model=Architecture("decoder", config.model, {"vocab_size": tokenizer.vocab_size}),
         source=train,
         plan=ShuffledBatches(len(train), config.data.batch_size, seed=config.order_seed),
         loss=language_loss,

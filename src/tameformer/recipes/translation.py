@@ -118,7 +118,7 @@ def build(config: Config, folder: Path) -> Run:
     return assemble(
         config,
         folder=folder,
-        architecture=Architecture("encoder_decoder", config.model, told),
+        model=Architecture("encoder_decoder", config.model, told),
         source=train,
         plan=TokenBuckets(
             train.lengths,

@@ -110,7 +110,7 @@ def build(config: Config, folder: Path) -> Run:
     return assemble(
         config,
         folder=folder,
-        architecture=Architecture("vision_classifier", config.model, told),
+        model=Architecture("vision_classifier", config.model, told),
         source=source,
         plan=ShuffledBatches(len(train), data.batch_size, seed=config.order_seed),
         loss=partial(classification_loss, label_smoothing=config.label_smoothing),
