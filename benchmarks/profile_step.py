@@ -44,13 +44,10 @@ def parts(folder: Path, size, text) -> tuple[dict[str, tuple[Part, int]], Callab
     mean_loss(model, micro[0]["tokens"], micro[0]["targets"]).backward()
     gradients = [p.grad for p in parameters]
     for _ in range(EVERY):
-        loop.interval.add(result)
+        loop.interval.add(2.5, 1.0, result.num_items)
     plain = random_windows(text, size)
 
-    def read(interval: Interval) -> tuple[list[float], list[float]]:
-        return interval.on_host(Readings(interval.tensors(engine)).values())
-
-    values = {**loop.interval.line(*read(loop.interval), max_grad_norm=1.0), "train/lr": 1e-3}
+    values = {**loop.interval.line(max_grad_norm=1.0), "train/lr": 1e-3}
     factor = torch.ones(())
 
     def forward_backward() -> None:
@@ -95,8 +92,8 @@ def parts(folder: Path, size, text) -> tuple[dict[str, tuple[Part, int]], Callab
     def add_and_read() -> None:
         interval = Interval()
         for _ in range(EVERY):
-            interval.add(result)
-        read(interval)
+            interval.add(2.5, 1.0, result.num_items)
+        interval.line(max_grad_norm=1.0)
 
     def rates() -> None:
         scale = run.schedule(0)
@@ -113,7 +110,7 @@ def parts(folder: Path, size, text) -> tuple[dict[str, tuple[Part, int]], Callab
         "zero_grad of no gradients": (optimizer.zero_grad, 1),
         "next batch from our stream": (lambda: next(batches), 1),
         "next batch of a plain script": (lambda: next(plain), 1),
-        "_prepare_step whole": (loop._prepare_step, 1),
+        "_before_update whole": (loop._before_update, 1),
         "  torch.manual_seed": (lambda: torch.manual_seed(1), 1),
         "  the default generator's manual_seed": (lambda: torch.default_generator.manual_seed(1), 1),
         "  schedule and rates": (rates, 1),

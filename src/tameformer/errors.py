@@ -25,6 +25,10 @@ class PatchError(TameError):
     """A patch that matches nothing, or cannot be applied or undone."""
 
 
+class DivergedError(TameError):
+    """A training run that could not be brought back: steps were skipped and checkpoints gone back to as often as allowed."""
+
+
 class NonFiniteError(TameError):
     """A value that is NaN or infinite where the computation cannot go on without a finite one."""
 

@@ -121,6 +121,13 @@ class RunWriter:
         """Append what happened, in one plain sentence, to `events.jsonl`; events survive a resume."""
         self._append(EVENTS, {"step": step, "kind": kind, "message": message, **details})
 
+    def cut_back(self, step: int) -> None:
+        """Drop what the log and the probes say of later steps than `step`: the run went back, and tells them anew."""
+        for name in (LOG, PROBES):
+            self._files[name].close()
+            cut_back(self.folder / name, step)
+            self._files[name] = (self.folder / name).open("a", encoding="utf-8")
+
     def close(self) -> None:
         """Close the files; a closed writer writes nothing more."""
         for file in self._files.values():

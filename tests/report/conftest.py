@@ -92,7 +92,7 @@ def write_run(
             writer.log(step, evaluation)
             writer.event(step, "checkpoint", f"saved checkpoints/step-{step:06d}")
     if nan_from is not None:
-        writer.event(nan_from, "non_finite", f"the loss is not finite at step {nan_from}")
+        writer.event(nan_from, "diverged", f"the loss is not finite at step {nan_from}")
     if ending == "finish":
         writer.log(steps, {"test/loss": 0.11, "test/accuracy": 0.972})
     if ending is not None:

@@ -48,7 +48,7 @@ def write_run(folder: Path, losses: dict[int, float], *, exit_code: int | None =
     if exit_code == 0:
         writer.event(max(losses), "finish", "finished")
     elif exit_code == 3:
-        writer.event(max(losses), "non_finite", message)
+        writer.event(max(losses), "diverged", message)
     writer.close()
     if exit_code is not None:
         write_exit(folder, exit_code, message)

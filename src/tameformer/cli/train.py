@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     name = given.pop(0) if given and not given[0].startswith("-") else None
 
     # From here on torch is needed; the usage above is shown without it.
-    from tameformer.errors import ConfigError, NonFiniteError, TameError
+    from tameformer.errors import ConfigError, DivergedError, NonFiniteError, TameError
     from tameformer.recipes import catalogue
 
     try:
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         return 130
     except ConfigError as error:
         return _fail(error, 2)
-    except NonFiniteError as error:
+    except (DivergedError, NonFiniteError) as error:
         return _fail(error, 3)
     except (TameError, ValueError, OSError, ImportError) as error:
         return _fail(error, 1)

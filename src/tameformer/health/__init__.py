@@ -3,6 +3,7 @@
 from tameformer.health.diagnose import diagnose
 from tameformer.health.diagnosis import Diagnosis
 from tameformer.health.monitor import Monitor
+from tameformer.health.policy import GuardConfig, Policy
 from tameformer.health.verdicts import Verdict, judge
 
-__all__ = ["Diagnosis", "Monitor", "Verdict", "diagnose", "judge"]
+__all__ = ["Diagnosis", "GuardConfig", "Monitor", "Policy", "Verdict", "diagnose", "judge"]

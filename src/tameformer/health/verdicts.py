@@ -29,6 +29,10 @@ class Verdict:
     """What was found and where, in one sentence."""
     advice: str
     """What to try."""
+    since: int | None = None
+    """The step it began with, where it was found over several."""
+    confidence: Literal["certain", "likely"] = "likely"
+    """`certain` where arithmetic says so, such as NaN; `likely` where a threshold does."""
 
     def __str__(self) -> str:
         return f"{self.text} {self.advice}"

@@ -71,7 +71,7 @@ def train(
     Raises:
         ConfigError: Unknown key, bad value, or a run folder that belongs to another configuration.
         DataError: Data that cannot be trained on.
-        NonFiniteError: The run diverged; its last checkpoint is sound.
+        DivergedError: The guard could not bring the run back; its last checkpoint is sound.
 
     Example:
         >>> import tempfile

@@ -71,8 +71,8 @@ def run_state(run: Run) -> tuple[State, str]:
         return "empty", "Nothing has been logged yet."
     last = run.last_step
     loss = run.log.get("train/loss")
-    marks = [event for event in run.events if event.kind in ("start", "resume", "stop", "finish")]
-    ended = marks[-1].kind if marks and marks[-1].kind in ("stop", "finish") else None
+    marks = [event for event in run.events if event.kind in ("start", "resume", "stop", "finish", "diverged")]
+    ended = marks[-1].kind if marks and marks[-1].kind in ("stop", "finish", "diverged") else None
     if loss is not None and len(loss) and not np.isfinite(loss.values[-1]):
         tail = loss.finite.steps[-1] if len(loss.finite) else -1
         since = int(loss.steps[loss.steps > tail][0])
@@ -81,6 +81,8 @@ def run_state(run: Run) -> tuple[State, str]:
             "diverged",
             f"Diverged: the loss is not finite since step {since:,}{ending.get(ended or '', '').format(last)}.",
         )
+    if ended == "diverged":
+        return "diverged", f"Diverged at step {marks[-1].step:,}: {marks[-1].message}"
     if ended == "finish":
         return "finished", f"Finished at step {last:,}."
     if ended == "stop":

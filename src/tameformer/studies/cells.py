@@ -44,7 +44,7 @@ def state_of(folder: Path) -> tuple[State, str]:
         return "finished", ""
     ended = read_exit(folder)
     if ended is None:
-        if events and events[-1].get("kind") == "non_finite":
+        if events and events[-1].get("kind") == "diverged":
             return "diverged", str(events[-1].get("message", ""))
         return "interrupted", ""
     code, message = ended

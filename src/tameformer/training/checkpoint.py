@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,13 +168,14 @@ class CheckpointFolder:
         self.folder = run_folder / CHECKPOINTS
         self.keep_last = keep_last
 
-    def save(self, step: int, snapshot: Snapshot, *, best: bool = False) -> Path:
+    def save(self, step: int, snapshot: Snapshot, *, best: bool = False, spare: Collection[int] = ()) -> Path:
         """Publish a checkpoint; it exists whole afterwards, or not at all and an OSError says why.
 
         Args:
             step: Steps completed.
             snapshot: What to save.
             best: Also point `BEST` at it.
+            spare: Steps whose checkpoints stay, whatever their age.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for remains in self.folder.glob(".*"):
@@ -206,7 +207,7 @@ class CheckpointFolder:
         write_atomically(self.run_folder / LATEST, final.name + "\n")
         if best:
             write_atomically(self.run_folder / BEST, final.name + "\n")
-        self._prune()
+        self._prune(spare)
         return final
 
     def path(self, step: int) -> Path:
@@ -231,11 +232,23 @@ class CheckpointFolder:
             return path, skipped
         return None, skipped
 
-    def _prune(self) -> None:
+    def forget_after(self, step: int) -> bool:
+        """Remove all checkpoints of later steps; whether the best was one of them, so that none is the best now."""
+        for later in self.steps():
+            if later > step:
+                shutil.rmtree(self.path(later))
+        write_atomically(self.run_folder / LATEST, self.path(step).name + "\n")
+        best = self.run_folder / BEST
+        is_gone = best.is_file() and not (self.folder / best.read_text(encoding="utf-8").strip()).is_dir()
+        if is_gone:
+            best.unlink()
+        return is_gone
+
+    def _prune(self, spare: Collection[int]) -> None:
         best = self.run_folder / BEST
         kept = {best.read_text(encoding="utf-8").strip()} if best.is_file() else set()
         for step in self.steps()[: -self.keep_last]:
-            if self.path(step).name not in kept:
+            if self.path(step).name not in kept and step not in spare:
                 shutil.rmtree(self.path(step))
 
 

@@ -6,6 +6,7 @@ train_step                      forward, backward, clip, update
 on_log                          every `logging_steps`: measurements since the last line
 on_evaluate                     every `eval_steps`, or at the end of each epoch
 on_save                         after a checkpoint is published
+on_rollback                     the run stands at a checkpoint again
 on_train_end
 on_event                            anything out of the ordinary, in one sentence
 """
@@ -34,6 +35,9 @@ class Listener:
 
     def on_event(self, step: int, kind: str, message: str, details: Mapping[str, Any]) -> None:
         """Something worth telling a person."""
+
+    def on_rollback(self, step: int) -> None:
+        """The run stands after this step again; what was told of later ones is void."""
 
     def on_train_end(self, step: int) -> None:
         """No step follows; also called when an exception ends the run."""
@@ -72,6 +76,10 @@ class Listeners(Listener):
     def on_event(self, step: int, kind: str, message: str, details: Mapping[str, Any]) -> None:
         for listener in self.listeners:
             listener.on_event(step, kind, message, details)
+
+    def on_rollback(self, step: int) -> None:
+        for listener in self.listeners:
+            listener.on_rollback(step)
 
     def on_train_end(self, step: int) -> None:
         for listener in self.listeners:

@@ -1,6 +1,7 @@
 """Listeners that write: the run's own log, and TensorBoard beside it."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ class RecordListener(Listener):
     def on_event(self, step: int, kind: str, message: str, details: Mapping[str, Any]) -> None:
         self.writer.event(step, kind, message, **details)
 
+    def on_rollback(self, step: int) -> None:
+        self.writer.cut_back(step)
+
     def on_train_end(self, step: int) -> None:
         self.writer.close()
 
@@ -39,8 +43,8 @@ class TensorBoardListener(Listener):
     def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # imported late: it costs as much as the first steps
 
-        purge = None if resume_step is None else resume_step + 1
-        self._writer = SummaryWriter(str(folder / TENSORBOARD), purge_step=purge)
+        self._open = partial(SummaryWriter, str(folder / TENSORBOARD))
+        self._writer = self._open(purge_step=None if resume_step is None else resume_step + 1)
 
     def on_log(self, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
@@ -51,6 +55,10 @@ class TensorBoardListener(Listener):
 
     def on_event(self, step: int, kind: str, message: str, details: Mapping[str, Any]) -> None:
         self._writer.add_text(f"event/{kind}", message, step)
+
+    def on_rollback(self, step: int) -> None:
+        self._writer.close()
+        self._writer = self._open(purge_step=step + 1)
 
     def on_train_end(self, step: int) -> None:
         self._writer.close()

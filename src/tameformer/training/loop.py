@@ -1,20 +1,21 @@
 """The training loop. It builds nothing: it is handed finished objects, and tells listeners what happens."""
 
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from tameformer.errors import CheckpointError, NonFiniteError
+from tameformer.errors import CheckpointError, DivergedError
 from tameformer.readings import Readings
 from tameformer.training.checkpoint import (
     CheckpointFolder,
     Snapshot,
+    load,
     load_model_tensors,
     load_optimizer_tensors,
     model_tensors,
@@ -24,10 +25,11 @@ from tameformer.training.checkpoint import (
 from tameformer.training.engine import Engine, evaluating
 from tameformer.training.events import Listener
 from tameformer.training.interval import Interval
-from tameformer.training.run import Evaluation, Run
+from tameformer.training.recovery import Answer, anchors_to_keep, first_not_finite, rollback_target
+from tameformer.training.run import Evaluation, Run, Watch
 from tameformer.training.selection import Selection
 from tameformer.training.signals import StopRequest
-from tameformer.training.step import train_step
+from tameformer.training.step import Batch, StepResult, train_step
 
 Status = Literal["running", "finished", "early_stopped"]
 
@@ -50,11 +52,24 @@ class _Line:
 
     step: int
     epoch: float
-    interval: Interval
-    """The steps since the last line of the log; empty when only the inside of the model was measured."""
+    interval: Interval | None
+    """The steps since the last line of the log; None when only the inside of the model was measured."""
     readings: Readings
     rate: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A step whose numbers are on their way to the host: an accelerator has them while it runs the next one."""
+
+    step: int
+    interval: Interval
+    result: StepResult
+    readings: Readings
+
+
+_NOTHING = (float("-inf"), float("-inf"))  # the limits of a step that must not be taken
 
 
 class Loop:
@@ -73,6 +88,12 @@ class Loop:
     ) -> None:
         self.run, self.engine, self.checkpoints, self.listener, self.stop = run, engine, checkpoints, listener, stop
         self.step = 0
+        self.skipped = 0
+        """Of these steps, those that were not taken: the schedule stands still for them, the data do not."""
+        self.passed_over = 0
+        """Batches of the plan that were given up by going back: the data go on where they were."""
+        self.anchors: list[int] = []
+        """Checkpoints that the schedule made and that are kept."""
         self.status: Status = "running"
         self.interval = Interval()
         self.selection = Selection(run.checkpoint.best_metric, run.checkpoint.best_mode)
@@ -84,44 +105,31 @@ class Loop:
             self.average = AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(run.ema_decay), use_buffers=True)
         self._saved_step: int | None = None
         self._lines: list[_Line] = []
+        self._pending: _Pending | None = None
+        self._answer: Answer | None = None
         self._last_line = time.perf_counter()
 
     def train(self) -> Outcome:
         """Run from the present step to the end, an early stop, or a signal.
 
         Raises:
-            NonFiniteError: The loss or the gradient became NaN or infinite; no checkpoint holds it.
+            DivergedError: The guard could not bring the run back; its checkpoints are sound.
         """
-        run, engine, listener = self.run, self.engine, self.listener
+        run, listener = self.run, self.listener
         if self.status != "running":
             return Outcome(self.step, self.status, dict(self.metrics))
-        stream = run.batches(start=self.step, stop=run.max_steps, rank=engine.rank, world_size=engine.world_size)
         listener.on_train_begin(start_step=self.step, max_steps=run.max_steps)
         if self.step == 0 and run.loop.eval_on_start and run.evaluate is not None:
             self._measure(run.evaluate, "eval")  # told, but no candidate for the best checkpoint
         self.model.train()
         self._last_line = time.perf_counter()
-        with closing(cast(Any, stream)):
-            for micro_batches in stream:
+        with closing(self._batches()) as batches:
+            for micro_batches in batches:
                 logged = self._every(run.loop.logging_steps, self.step + 1)
                 watch = run.watch if run.watch is not None and run.watch.due(self.step + 1) else None
-                self._prepare_step()
-                with nullcontext() if watch is None else watch.watching(self.step + 1):
-                    result = train_step(
-                        engine,
-                        self.model,
-                        run.optimizers,
-                        micro_batches,
-                        run.loss,
-                        max_grad_norm=run.max_grad_norm,
-                        tell_norms=None if watch is None else watch.tell_norms,
-                        stop_requested=self.stop.signal_number is not None,
-                    )
-                self._write_lines()  # the last step's numbers have come while this one was launched
-                self.step += 1
-                self.interval.add(result)
-                if self.average is not None:
-                    self.average.update_parameters(run.model)
+                result = self._run_step(micro_batches, watch)
+                if self._recovered():
+                    continue
                 if logged or watch is not None:
                     self._begin_line(logged, {} if watch is None else watch.read())
                 if self._evaluation_due():
@@ -147,13 +155,135 @@ class Loop:
         listener.on_train_end(self.step)
         return Outcome(self.step, self.status, dict(self.metrics))
 
-    def _prepare_step(self) -> None:
-        """Set what is random in the step, and the rates, from the step's number alone: that is all a resume needs."""
-        self.engine.seed(_mix(self.run.seed, self.step, self.engine.rank))
-        factor = self.run.schedule(self.step)
+    @property
+    def position(self) -> int:
+        """Steps of the plan of the data that were used or passed over."""
+        return self.step + self.passed_over
+
+    def _batches(self) -> Generator[Sequence[Batch], None, None]:
+        """The data from the present position on; going back to a checkpoint leaves more steps than were planned."""
+        run, engine = self.run, self.engine
+        while self.step < run.max_steps:
+            stop = run.max_steps + self.passed_over
+            stream = run.batches(start=self.position, stop=stop, rank=engine.rank, world_size=engine.world_size)
+            with closing(cast(Any, stream)):
+                yield from stream
+
+    def _run_step(self, micro_batches: Sequence[Batch], watch: Watch | None) -> StepResult:
+        self.engine.seed(_mix(self.run.seed, self.position, self.engine.rank))
+        with nullcontext() if watch is None else watch.watching(self.step + 1):
+            result = train_step(
+                self.engine,
+                self.model,
+                self.run.optimizers,
+                micro_batches,
+                self.run.loss,
+                max_grad_norm=self.run.max_grad_norm,
+                tell_norms=None if watch is None else watch.tell_norms,
+                limits=self._before_update,
+                stop_requested=self.stop.signal_number is not None,
+            )
+        self._write_lines()  # the last step's numbers have come while this one was launched
+        self.step += 1
+        numbers = {"loss": result.loss_sum, "norm": result.grad_norm, "taken": result.taken}
+        self._pending = _Pending(self.step, self.interval, result, Readings(numbers))
+        every = self.run.checkpoint.every
+        if (
+            self.engine.device.type == "cpu"
+            or result.stop_requested
+            or self._evaluation_due()
+            or self._every(every, self.step)
+        ):
+            self._settle()
+        return result
+
+    def _before_update(self) -> tuple[float, float]:
+        """Hear what came of the last step, set the rates, and answer the limits of this one."""
+        self._settle()
+        # The step's number alone decides, with what the guard did: that is all a resume needs.
+        factor = self.run.schedule(self.step - self.skipped) * self.run.guard.rate_factor
         for optimizer in self.run.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        return self.run.guard.limits() if self._answer is None else _NOTHING
+
+    def _settle(self) -> None:
+        """Take the numbers of the last step in. A processor has them at once, an accelerator while it runs the next."""
+        pending, self._pending = self._pending, None
+        if pending is None or self._answer is not None:  # after an answer that ends this stretch nothing counts
+            return
+        numbers, result = pending.readings.values(), pending.result
+        loss, norm, taken = numbers["loss"] / result.num_items, numbers["norm"], bool(numbers["taken"])
+        if taken:
+            pending.interval.add(loss, norm, result.num_items)
+            if self.average is not None:
+                self.average.update_parameters(self.run.model)
+        else:
+            pending.interval.num_skipped += 1
+            self.skipped += 1
+        answer = self.run.guard.observe(pending.step, loss, norm, taken=taken, places=self._names(result.suspects))
+        if answer is not None:
+            details = {"loss": loss, "grad_norm": norm, "batch": pending.step + self.passed_over, **answer.details}
+            if answer.do == "go_on":
+                self.listener.on_event(pending.step, answer.kind, answer.message, details)
+            else:
+                self._answer, self._details = answer, details
+
+    def _names(self, parameters: Sequence[nn.Parameter]) -> list[str]:
+        chosen = set(map(id, parameters))
+        return (
+            [name for name, parameter in self.run.model.named_parameters() if id(parameter) in chosen] if chosen else []
+        )
+
+    def _recovered(self) -> bool:
+        """Whether the guard's answer ended this stretch of the run, and the run stands at a checkpoint again.
+
+        Raises:
+            DivergedError: There is no way back.
+        """
+        answer, self._answer = self._answer, None
+        if answer is None:
+            return False
+        target = None
+        if answer.do == "roll_back":
+            found = (
+                rollback_target(self.checkpoints, self.anchors, horizon=answer.kept_from)
+                if self.engine.is_main
+                else None
+            )
+            target = self.engine.gather([found])[0]
+        if target is None:
+            if answer.do == "roll_back":
+                back = "there is no checkpoint yet to go back to"
+            elif self.anchors:
+                back = "the last checkpoint before it is untouched: resume from it when that is done"
+            else:
+                back = "there is no checkpoint"
+            message = f"{answer.message} The run ends; {back}."
+            self.listener.on_event(self.step, "diverged", message, self._details)
+            raise DivergedError(message)
+        self._roll_back(target, answer)
+        return True
+
+    def _roll_back(self, target: Path, answer: Answer) -> None:
+        """Stand at a checkpoint again; the data go on where they were, so that those seen since are passed over."""
+        step, position, lost = self.step, self.position, self.run.guard.state()
+        self._lines, self._pending = [], None
+        self.restore(load(target))
+        self.passed_over = position - self.step
+        self.run.guard.rolled_back(lost)
+        self.engine.wait()  # nobody reads any more
+        if self.engine.is_main and self.checkpoints.forget_after(self.step):
+            self.selection = Selection(self.selection.metric, self.selection.mode)
+        # What the main process found about the best checkpoint holds for all.
+        self.selection = self.engine.gather([self.selection])[0]
+        self.listener.on_rollback(self.step)
+        message = (
+            f"{answer.message} The run went back to step {self.step}, passes over the data of the {step - self.step} steps "
+            f"since, and goes on with {self.run.guard.rate_factor:g} times the learning rate."
+        )
+        self.listener.on_event(step, answer.kind, message, {**self._details, "to_step": self.step})
+        self._last_line = time.perf_counter()
 
     def _every(self, steps: int | None, step: int) -> bool:
         return steps is not None and (step % steps == 0 or step == self.run.max_steps)
@@ -161,62 +291,40 @@ class Loop:
     def _evaluation_due(self) -> bool:
         if self.run.loop.eval_steps is not None or self.step == self.run.max_steps:
             return self._every(self.run.loop.eval_steps or 1, self.step)
-        return self.run.plan.locate(self.step)[1] == 0
+        return self.run.plan.locate(self.position)[1] == 0
 
     def _begin_line(self, logged: bool, measured: Mapping[str, Tensor]) -> None:
         """Start moving what was measured to the host. A processor has it at once, an accelerator by the next step."""
-        interval, self.interval = (self.interval, Interval()) if logged else (Interval(), self.interval)
+        interval, self.interval = (self.interval, Interval()) if logged else (None, self.interval)
         now = time.perf_counter()
         seconds = now - self._last_line
         if logged:
             self._last_line = now
-        readings = Readings({**(interval.tensors(self.engine) if logged else {}), **measured})
         rate = max(group["lr"] for optimizer in self.run.optimizers for group in optimizer.param_groups)
-        self._lines.append(_Line(self.step, self._epoch(), interval, readings, rate, seconds))
+        self._lines.append(_Line(self.step, self._epoch(), interval, Readings(measured), rate, seconds))
         if self.engine.device.type == "cpu":
             self._write_lines()
 
     def _write_lines(self) -> None:
-        """Write the lines that were begun.
-
-        Raises:
-            NonFiniteError: A loss or a gradient norm is not finite.
-        """
+        """Write the lines that were begun."""
         while self._lines:
             line = self._lines.pop(0)
-            numbers = line.readings.values()
-            measured = {key: value for key, value in numbers.items() if key.startswith("diag/")}
-            if len(line.interval):
-                self._write_line(line, *line.interval.on_host(numbers), measured)
+            measured = line.readings.values()
+            if line.interval is not None:
+                self._write_line(line, line.interval, measured)
             if measured:
                 self.listener.on_probe(line.step, measured)
 
-    def _write_line(
-        self, line: "_Line", losses: list[float], norms: list[float], measured: Mapping[str, float]
-    ) -> None:
+    def _write_line(self, line: _Line, interval: Interval, measured: Mapping[str, float]) -> None:
         run = self.run
-        values = {"epoch": line.epoch, **line.interval.line(losses, norms, max_grad_norm=run.max_grad_norm)}
-        self._require_finite(line.step, values, losses, norms)
-        values["train/lr"] = line.rate
+        values = {"epoch": line.epoch, **interval.line(max_grad_norm=run.max_grad_norm), "train/lr": line.rate}
         if run.watch is not None:
             values |= run.watch.summary(measured)
-        values[f"perf/{run.unit}_per_second"] = line.interval.num_items / line.seconds
-        values["perf/step_seconds"] = line.seconds / len(line.interval)
+        if len(interval):
+            values[f"perf/{run.unit}_per_second"] = interval.num_items / line.seconds
+            values["perf/step_seconds"] = line.seconds / (len(interval) + interval.num_skipped)
         self.metrics |= values
         self.listener.on_log(line.step, values)
-
-    def _require_finite(self, step: int, values: Mapping[str, float], losses: list[float], norms: list[float]) -> None:
-        for offset, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                first = step - len(losses) + offset + 1
-                what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
-                message = (
-                    f"step {first}: {what}; the last checkpoint before it is untouched. "
-                    f"Resume from it with a lower optim.peak_lr, or look at the data of this step"
-                )
-                self.listener.on_log(step, values)
-                self.listener.on_event(first, "non_finite", message, {"loss": loss, "grad_norm": norm})
-                raise NonFiniteError(message)
 
     def _evaluate(self) -> bool:
         """Measure, tell, and return whether it is the best so far."""
@@ -237,26 +345,36 @@ class Loop:
         return values
 
     def _epoch(self) -> float:
-        if self.step == 0:
+        if self.position == 0:
             return 0.0
-        epoch, position = self.run.plan.locate(self.step - 1)
+        epoch, position = self.run.plan.locate(self.position - 1)
         return epoch + (position + 1) / self.run.plan.steps_in_epoch(epoch)
 
-    def _save(self, *, best: bool = False) -> None:
-        """Publish a checkpoint, unless a value in it would not be finite; a full disk is an event, not an end."""
+    def _save(self, *, best: bool = False, scheduled: bool = True) -> None:
+        """Publish a checkpoint, unless a value in it is not finite; a full disk is an event, not an end.
+
+        Args:
+            best: Whether it is the best so far.
+            scheduled: False for one that a signal asked for: a rollback passes it over.
+        """
         started = time.perf_counter()
         self._write_lines()
-        if len(self.interval):
-            losses, norms = self.interval.on_host(Readings(self.interval.tensors(self.engine)).values())
-            values = self.interval.line(losses, norms, max_grad_norm=self.run.max_grad_norm)
-            self._require_finite(self.step, {"epoch": self._epoch(), **values}, losses, norms)
+        before = self.anchors
+        if scheduled:
+            horizon = self.run.guard.horizon(self.step)
+            self.anchors = anchors_to_keep([*before, self.step], keep_last=self.checkpoints.keep_last, horizon=horizon)
         snapshot = self.snapshot()
-        self._saved_step = self.step
-        if self.engine.is_main:
+        broken = first_not_finite(snapshot, (name for name, _ in self.run.model.named_parameters()))
+        self._saved_step = self.step if broken is None else None
+        if broken is not None:
+            self.anchors = before
+            message = f"checkpoint of step {self.step} was not written: {broken} is not finite; the run goes on"
+            self.listener.on_event(self.step, "checkpoint_failed", message, {})
+        elif self.engine.is_main:
             try:
-                self.checkpoints.save(self.step, snapshot, best=best)
+                self.checkpoints.save(self.step, snapshot, best=best, spare=self.anchors)
             except OSError as error:
-                self._saved_step = None
+                self._saved_step, self.anchors = None, before
                 self.listener.on_event(self.step, "checkpoint_failed", f"{error}; the run goes on", {})
             else:
                 self.listener.on_save(self.step)
@@ -276,7 +394,7 @@ class Loop:
     def _save_before_stopping(self) -> None:
         """Save, unless this step is saved already, and read the checkpoint back: nobody is there to try again."""
         if self._saved_step != self.step:
-            self._save()
+            self._save(scheduled=False)
         self.engine.wait()
         if self._saved_step == self.step:
             verify(self.checkpoints.path(self.step))
@@ -284,15 +402,18 @@ class Loop:
 
     def snapshot(self) -> Snapshot:
         """All that `restore` needs; every process must call it, the main one's answer is whole."""
-        parts = self.engine.gather([self.interval.state()])
         return Snapshot(
             model=model_tensors(self.run.model),
             optimizer=optimizer_tensors(self.run.optimizers, self.run.model),
             average={} if self.average is None else model_tensors(self.average),
             state={
                 "step": self.step,
+                "skipped": self.skipped,
+                "passed_over": self.passed_over,
+                "anchors": self.anchors,
+                "guard": self.run.guard.state(),
                 "status": self.status,
-                "interval": parts,
+                "interval": self.interval.state(),
                 "selection": asdict(self.selection),
                 "metrics": {key: value for key, value in self.metrics.items() if not key.startswith("perf/")},
             },
@@ -316,17 +437,12 @@ class Loop:
                 f"the checkpoint is of step {self.step}, beyond the run's end at step {self.run.max_steps}; raise max_steps"
             )
         self._saved_step = self.step
+        self.skipped, self.passed_over = snapshot.state["skipped"], snapshot.state["passed_over"]
+        self.anchors = list(snapshot.state["anchors"])
+        self.run.guard.load(snapshot.state["guard"])
         self.selection = Selection(**snapshot.state["selection"])
         self.metrics = dict(snapshot.state["metrics"])
-        self.interval.load(_share(snapshot.state["interval"], self.engine), self.engine.device)
-
-
-def _share(parts: list[Mapping[str, Any]], engine: Engine) -> Mapping[str, Any]:
-    """This process's part of the saved interval; with another number of processes the main one takes all losses."""
-    if len(parts) == engine.world_size:
-        return parts[engine.rank]
-    summed = [sum(losses) for losses in zip(*(part["losses"] for part in parts), strict=True)]
-    return {**parts[0], "losses": summed if engine.is_main else [0.0] * len(summed)}
+        self.interval = Interval.of(snapshot.state["interval"])
 
 
 def _mix(*numbers: int) -> int:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from tameformer.training.checkpoint import CheckpointConfig
 from tameformer.training.engine import Engine
+from tameformer.training.recovery import Guard
 from tameformer.training.step import Batch, Loss
 
 Evaluation = Callable[[Engine, nn.Module], dict[str, float]]
@@ -112,6 +113,8 @@ class Run:
     """Metrics during the run."""
     test: Evaluation | None = None
     """Metrics once, at the end, on data that decided nothing."""
+    guard: Guard
+    """Which steps are taken, and what follows when they are not."""
     watch: Watch | None = None
     """What is measured inside the model, and in which steps."""
     set_attention_dtype: Callable[[torch.dtype | None], object] = lambda dtype: None

@@ -1,6 +1,12 @@
-"""One optimizer step: forward and backward over the micro-batches, clip, update."""
+"""One optimizer step: forward and backward over the micro-batches, clip, decide, update.
 
-from collections.abc import Callable, Mapping, Sequence
+The decision falls before the update, from loss and gradient norm over all processes: what is not finite, or beyond the
+limits, changes neither weights nor moments nor the count that Adam corrects its bias by. Nothing is multiplied by 0 for it:
+0 times NaN is NaN.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +23,32 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 """The loss of a batch, summed (not averaged) over its `num_items` targets."""
 
 
+Limits = Callable[[], tuple[float, float]]
+"""The largest mean loss, and the largest gradient norm, that a step is taken with; asked for just before the update."""
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def any_finite() -> tuple[float, float]:
+    """Limits that refuse only what is not finite."""
+    return _LARGEST, _LARGEST
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What a step measured; tensors stay on the device."""
 
     loss_sum: Tensor
-    """Loss of this process's micro-batches, summed over their targets."""
+    """Loss summed over the targets of the whole step, over all processes."""
     num_items: float
     """Targets in the whole step, over all processes."""
     grad_norm: Tensor
-    """Joint L2 norm of the gradients before clipping."""
+    """Joint L2 norm of the gradients before clipping, equal on all processes."""
+    taken: Tensor
+    """Whether the weights were updated, 1 or 0."""
     stop_requested: bool
     """Whether any process was asked to stop."""
+    suspects: Sequence[nn.Parameter] = ()
+    """Whose gradient was not finite, where somebody looked: on an accelerator the gradients are gone by then."""
 
 
 def train_step(
@@ -40,9 +60,10 @@ def train_step(
     *,
     max_grad_norm: float | None,
     tell_norms: Norms | None = None,
+    limits: Limits = any_finite,
     stop_requested: bool = False,
 ) -> StepResult:
-    """Update the weights once.
+    """Update the weights once, or not at all.
 
     Every target of the step has the same weight, however the targets are spread over micro-batches and processes: losses
     are summed and divided by the number of targets of the whole step. A mean of per-batch means would weigh the targets
@@ -56,6 +77,7 @@ def train_step(
         loss: Sum over the targets of a batch.
         max_grad_norm: None measures the norm and does not clip.
         tell_norms: Given the norms of single gradients that clipping computes anyway.
+        limits: What the step is refused beyond. All processes must answer alike.
         stop_requested: This process's wish to stop; the answer is common to all processes.
     """
     num_items, stops = engine.sum([sum(batch["num_items"] for batch in micro_batches), stop_requested])
@@ -68,10 +90,79 @@ def train_step(
                 batch_loss = loss(model, engine.place(batch))
             batch_loss.backward(scale)
         losses.append(batch_loss.detach())
-    parameters = (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
-    grad_norm = clip_norm(parameters, max_grad_norm, tell_norms=tell_norms)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    own_norm = clip_norm(parameters, max_grad_norm, tell_norms=tell_norms)
     loss_sum = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-    return StepResult(loss_sum, num_items, grad_norm, bool(stops))
+    # One exchange for both; the mean of the norms is the same number on all processes, whatever their hardware rounds to.
+    sums = engine.sum_tensor(torch.stack([loss_sum, own_norm.to(loss_sum)]))
+    loss_sum, grad_norm = sums[0], sums[1] / engine.world_size
+    taken = update(optimizers, loss_sum, grad_norm, num_items=num_items, limits=limits())
+    suspects = [] if taken is not False or bool(grad_norm.isfinite()) else [p for p in parameters if _is_broken(p)]
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    if not isinstance(taken, Tensor):
+        taken = torch.tensor(float(taken), dtype=loss_sum.dtype)
+    return StepResult(loss_sum, num_items, grad_norm, taken, bool(stops), suspects)
+
+
+def update(
+    optimizers: Sequence[Optimizer],
+    loss_sum: Tensor,
+    grad_norm: Tensor,
+    *,
+    num_items: float,
+    limits: tuple[float, float],
+) -> Tensor | bool:
+    """Step the optimizers if the loss and the gradient norm are finite and within the limits.
+
+    Returns:
+        Whether they stepped. Fused optimizers on an accelerator are told by a tensor, and nobody waits; then the answer is
+        a tensor, too, 1 or 0. For all others the two numbers are read, which is the one time that a step waits.
+    """
+    largest_loss, largest_norm = min(limits[0] * num_items, _LARGEST), min(limits[1], _LARGEST)
+    if grad_norm.device.type == "cpu" or not can_refuse_on_device(optimizers):
+        # NaN is within no limits.
+        taken = -_LARGEST <= float(loss_sum) <= largest_loss and float(grad_norm) <= largest_norm
+        if taken:
+            for optimizer in optimizers:
+                optimizer.step()
+        return taken
+    is_fine = (loss_sum >= -_LARGEST) & (loss_sum <= largest_loss) & (grad_norm <= largest_norm)
+    with told_to_refuse(optimizers, (~is_fine).float()):
+        for optimizer in optimizers:
+            optimizer.step()
+    return is_fine.to(loss_sum.dtype)
+
+
+def can_refuse_on_device(optimizers: Sequence[Optimizer]) -> bool:
+    """Whether all the optimizers leave everything as it was, moments and counts included, when told so by a tensor.
+
+    Not in the first step: SGD would keep the momentum buffer that it has allocated and not filled. Not where somebody
+    listens to steps, who would be told of one that was not taken. Not for sharded weights.
+    """
+    hooks = torch.optim.optimizer
+    listened_to = bool(hooks._global_optimizer_pre_hooks or hooks._global_optimizer_post_hooks)
+    return not listened_to and all(
+        getattr(optimizer, "_step_supports_amp_scaling", False)
+        and len(optimizer.state) > 0
+        and not optimizer._optimizer_step_pre_hooks
+        and not optimizer._optimizer_step_post_hooks
+        and not any(hasattr(p, "full_tensor") for group in optimizer.param_groups for p in group["params"])
+        for optimizer in optimizers
+    )
+
+
+@contextmanager
+def told_to_refuse(optimizers: Sequence[Optimizer], refused: Tensor) -> Iterator[None]:
+    """Fused optimizers step inside only where `refused` is 0; it is how torch's own gradient scaler tells them."""
+    for optimizer in optimizers:
+        optimizer.grad_scale, optimizer.found_inf = None, refused  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        for optimizer in optimizers:
+            del optimizer.grad_scale, optimizer.found_inf  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _is_broken(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and not bool(parameter.grad.isfinite().all())
