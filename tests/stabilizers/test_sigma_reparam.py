@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, register_optimizer_step_post_hook
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 from tameformer.errors import PatchError
@@ -797,3 +798,34 @@ def test_other_parametrizations_may_follow_and_stay():
     handle.remove()
     assert torch.equal(layer.weight, weight.tanh())
     assert layer.parametrizations.weight.original is weight
+
+
+def test_an_average_of_models_has_the_averaged_spectral_norm():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 48))
+    sigma_reparam(model, gamma=1.0)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.97), use_buffers=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        x = torch.randn(32, 48)
+        model(x).sub(x.roll(1, 1)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+    found = members(average.eval())
+    assert min(abs(one.left.norm().item() - 1) for one in found) > 0.3  # so there is something to mend
+    with torch.no_grad():
+        average(x)
+    for one, layer in zip(found, [average.module[0], average.module[2]], strict=True):
+        assert one.left.norm().item() == pytest.approx(1, abs=1e-5)
+        assert spectral_norm(layer.weight).item() == pytest.approx(one.gamma.abs().item(), rel=0.05)
+    assert torch.equal(average(x), average(x))
+
+
+def test_evaluation_leaves_singular_vectors_of_length_one_alone():
+    model = mlp()
+    sigma_reparam(model)
+    train(model, 2, lambda model: model(torch.ones(3, 6)))
+    kept = [one.left.clone() for one in members(model)]
+    model.eval()(torch.ones(3, 6))
+    assert all(torch.equal(one.left, left) for one, left in zip(members(model), kept, strict=True))

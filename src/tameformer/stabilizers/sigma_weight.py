@@ -77,6 +77,7 @@ class _Now:
     count: int | None = 0  # of updates
     seen_version: int | None = None  # of the weight when the vectors last advanced, in a loop without an optimizer
     has_optimizer: bool = False
+    left_version: int | None = None  # of the singular vectors when their length was known to be 1
 
 
 class SigmaReparam(nn.Module):
@@ -188,7 +189,9 @@ class SigmaReparam(nn.Module):
                 lefts = self.parts.split(self.left)
                 matrices = zip(self._matrices(weight), self.gamma.to(self.left.dtype).unbind(), lefts, strict=True)
                 return self.parts.join([effective_weight(*one) for one in matrices]).to(weight.dtype)
-            if self.training and not self._now.has_optimizer:
+            if not self.training:
+                self._start_over_if_averaged()
+            elif not self._now.has_optimizer:
                 self._advance_if_changed(weight)
             return _EffectiveWeight.apply(weight, self.gamma, self.left, self)  # pyright: ignore[reportReturnType]
 
@@ -206,6 +209,19 @@ class SigmaReparam(nn.Module):
         if self._now.seen_version is not None and self._now.seen_version != weight._version:
             _advance([self])
         self._now.seen_version = weight._version
+
+    @torch.no_grad()
+    def _start_over_if_averaged(self) -> None:
+        """Find the singular vectors anew where an average of models has made shorter ones of them.
+
+        Shorter vectors give a smaller sigma, and the effective weight would be longer than gamma.
+        """
+        if self.left.is_inference() or self.left._version == self._now.left_version:
+            return
+        lengths = torch.stack([torch.linalg.vector_norm(left) for left in self.parts.split(self.left)])
+        if bool(((lengths - 1).abs() > 1e-3).any()):
+            self.left.copy_(torch.cat([leading_left(one) for one in self._matrices(_gathered(self.weight.detach()))]))
+        self._now.left_version = self.left._version
 
     def _apply(self, fn, recurse=True):
         """Moves to other devices, and to other dtypes unless they are narrower than fp32."""
