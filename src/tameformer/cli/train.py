@@ -21,6 +21,8 @@ options of every recipe:
   --dry_run                 build everything, run one step and one evaluation, keep nothing
   --resume auto|never|PATH  continue the run folder where it stands (or start it); never is the default;
                             PATH is a run folder or one of its checkpoints
+  --inject FAULT,FAULT,...  rehearse: nan@120, inf-grad@50, spike@200x1000, bad-batch@300, kill@400, term@500; numbers are
+                            batches, nan@120-128 is a range, kill@save and kill@eval the first of those
   --overfit_batches N       train on the first N batches only, over and over
   --output_dir DIR          the run folder
   --max_steps N, --seed N, --data_seed N, --checkpoint.every N, --data.path PATH, ...
@@ -33,7 +35,7 @@ examples:
 
 `tame train RECIPE --help` lists every key of a recipe with its meaning.
 """
-_OWN = ("print_config", "dry_run", "resume")
+_OWN = ("print_config", "dry_run", "resume", "inject")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         if own.print_config:
             print(recipe.to_yaml(), end="")
             return 0
-        return _dry_run(recipe) if own.dry_run else _train(recipe, own.resume)
+        return _dry_run(recipe) if own.dry_run else _train(recipe, own.resume, own.inject)
     except KeyboardInterrupt:  # before the loop took over: nothing has been trained yet
         return 130
     except ConfigError as error:
@@ -70,10 +72,11 @@ def _own_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--print_config", action="store_true")
     parser.add_argument("--dry_run", action="store_true")
     parser.add_argument("--resume", default="never")
+    parser.add_argument("--inject", default="")
     return parser.parse_known_args(arguments)
 
 
-def _train(recipe, resume: str) -> int:
+def _train(recipe, resume: str, inject: str) -> int:
     import torch
 
     from tameformer.cli.progress import Progress
@@ -82,7 +85,7 @@ def _train(recipe, resume: str) -> int:
     console = Console(stderr=True)
     _log_to(console)
     progress = Progress(console)
-    result = launch(recipe, resume=resume, listeners=[progress])
+    result = launch(recipe, resume=resume, listeners=[progress], inject=inject)
     if int(os.environ.get("RANK", "0")) == 0:
         progress.conclude(result.folder, result.metrics, finished=result.finished)
     if torch.distributed.is_initialized():

@@ -12,10 +12,11 @@ from tameformer import config as configuration
 from tameformer import report
 from tameformer.errors import CheckpointError, ConfigError
 from tameformer.recipes.catalogue import Recipe, resolve, with_values
-from tameformer.record import CONFIG, ENVIRONMENT, LOG, RunWriter, write_atomically
+from tameformer.record import CONFIG, ENVIRONMENT, LOG, RunReader, RunWriter, write_atomically
 from tameformer.training import CheckpointFolder, Engine, Listener, Listeners, Loop, Run, StopRequest
 from tameformer.training import checkpoint as checkpoints_on_disk
 from tameformer.training.environment import environment
+from tameformer.training.faults import Faults, parse
 from tameformer.training.listeners import RecordListener, TensorBoardListener
 from tameformer.training.precision import PRECISIONS, candidates, fastest
 
@@ -55,6 +56,7 @@ def train(
     overrides: Mapping[str, Any] | None = None,
     resume: str = "never",
     listeners: Sequence[Listener] = (),
+    inject: str = "",
 ) -> Result:
     """Train from a recipe.
 
@@ -64,6 +66,7 @@ def train(
         resume: "never" starts anew, "auto" continues the run folder where it stands or starts anew, anything else is
             the path of a checkpoint.
         listeners: Told of everything that happens.
+        inject: Faults to rehearse, such as "nan@120,kill@400" (`tameformer.training.faults`); no part of the configuration.
 
     Returns:
         The run folder and the last metrics.
@@ -80,11 +83,12 @@ def train(
         >>> result.step, sorted(key for key in result.metrics if key.startswith("eval/"))
         (5, ['eval/accuracy', 'eval/loss'])
     """
-    return launch(resolve(recipe, overrides), resume=resume, listeners=listeners)
+    return launch(resolve(recipe, overrides), resume=resume, listeners=listeners, inject=inject)
 
 
-def launch(recipe: Recipe, *, resume: str = "never", listeners: Sequence[Listener] = ()) -> Result:
+def launch(recipe: Recipe, *, resume: str = "never", listeners: Sequence[Listener] = (), inject: str = "") -> Result:
     """As `train`, for a configuration that is complete already."""
+    planned = parse(inject)
     engine = Engine()
     folder = Path(engine.gather([str(choose_folder(recipe, resume)) if engine.is_main else None])[0])
     checkpoint, skipped = find_checkpoint(folder, resume)
@@ -95,8 +99,12 @@ def launch(recipe: Recipe, *, resume: str = "never", listeners: Sequence[Listene
     recipe, timings = settle_precision(recipe, run, engine)
 
     listener = Listeners(*(listeners if engine.is_main else ()))
+    spent = _struck(folder) if planned and resume != "never" else []
+    faults = Faults(planned, rank=engine.rank, tell=listener.on_event, spent=spent)
+    keep_last = recipe.config.checkpoint.keep_last
+    checkpoints = CheckpointFolder(folder, keep_last=keep_last, before_publish=faults.at_save)
     with StopRequest() as stop:
-        loop = Loop(run, engine, CheckpointFolder(folder, keep_last=recipe.config.checkpoint.keep_last), listener, stop)
+        loop = Loop(faults.install(run) if planned else run, engine, checkpoints, listener, stop)
         if checkpoint is not None:
             loop.restore(checkpoints_on_disk.load(checkpoint))
         # Nothing was written until here: what is refused leaves the folder as it was.
@@ -108,6 +116,8 @@ def launch(recipe: Recipe, *, resume: str = "never", listeners: Sequence[Listene
         try:
             for kind, message, details in _opening_events(run, recipe, timings, checkpoint, skipped, drift):
                 listener.on_event(loop.step, kind, message, details)
+            for text in spent:  # said again, because a run without a checkpoint starts its record anew
+                listener.on_event(loop.step, "injected", f"{text} has struck before", {"fault": text})
             outcome = loop.train()
         finally:
             listener.on_train_end(loop.step)
@@ -115,6 +125,12 @@ def launch(recipe: Recipe, *, resume: str = "never", listeners: Sequence[Listene
                 report.write_report(folder)
     interrupted = outcome.status == "running"
     return Result(folder, outcome.step, not interrupted, outcome.metrics, stop.exit_code if interrupted else 0)
+
+
+def _struck(folder: Path) -> list[str]:
+    """The faults that were injected into the run in this folder."""
+    events = RunReader(folder).events() if (folder / LOG).is_file() else []
+    return list(dict.fromkeys(str(event["fault"]) for event in events if event.get("kind") == "injected"))
 
 
 def _write_head(folder: Path, recipe: Recipe, run: Run, engine: Engine) -> None:

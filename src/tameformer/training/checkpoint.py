@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,12 +161,15 @@ class CheckpointFolder:
     Args:
         run_folder: The run folder; `checkpoints`, `LATEST` and `BEST` live in it.
         keep_last: How many of the newest stay; the best stays in addition.
+        before_publish: Called with the temporary folder when all its files are written.
     """
 
-    def __init__(self, run_folder: Path, *, keep_last: int = 2) -> None:
+    def __init__(
+        self, run_folder: Path, *, keep_last: int = 2, before_publish: Callable[[Path], object] = lambda path: None
+    ) -> None:
         self.run_folder = run_folder
         self.folder = run_folder / CHECKPOINTS
-        self.keep_last = keep_last
+        self.keep_last, self.before_publish = keep_last, before_publish
 
     def save(self, step: int, snapshot: Snapshot, *, best: bool = False, spare: Collection[int] = ()) -> Path:
         """Publish a checkpoint; it exists whole afterwards, or not at all and an OSError says why.
@@ -197,6 +200,7 @@ class CheckpointFolder:
             for file in temporary.iterdir():
                 sync(file)
             sync(temporary)
+            self.before_publish(temporary)
             if final.exists():  # a checkpoint of this step that did not verify, or of an earlier telling of it
                 shutil.rmtree(final)
             temporary.rename(final)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from tameformer.optim import clip_norm
 from tameformer.optim.clipping import Norms
@@ -140,8 +141,7 @@ def can_refuse_on_device(optimizers: Sequence[Optimizer]) -> bool:
     Not in the first step: SGD would keep the momentum buffer that it has allocated and not filled. Not where somebody
     listens to steps, who would be told of one that was not taken. Not for sharded weights.
     """
-    hooks = torch.optim.optimizer
-    listened_to = bool(hooks._global_optimizer_pre_hooks or hooks._global_optimizer_post_hooks)
+    listened_to = bool(_global_optimizer_pre_hooks or _global_optimizer_post_hooks)
     return not listened_to and all(
         getattr(optimizer, "_step_supports_amp_scaling", False)
         and len(optimizer.state) > 0

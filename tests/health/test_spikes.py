@@ -1,0 +1,132 @@
+import json
+import math
+import random
+from statistics import median
+
+import pytest
+
+from tameformer.health.policy import GuardConfig, Policy
+from tameformer.health.spikes import SpikeWindow, spike_limit
+
+
+def policy(**settings) -> Policy:
+    return Policy(GuardConfig(**{"window": 16, "min_values": 8, "max_skips": 2, "healthy_steps": 3, **settings}))
+
+
+def fed(policy: Policy, steps: int, seed: int = 0) -> Policy:
+    draw = random.Random(seed)
+    for step in range(1, steps + 1):
+        assert policy.observe(step, 2 + 0.1 * draw.random(), 1 + 0.1 * draw.random(), taken=True) is None
+    return policy
+
+
+def test_the_limit_is_that_of_median_and_mad():
+    draw = random.Random(1)
+    values = [draw.gauss(5.0, 2.0) for _ in range(101)]
+    ordered = sorted(values)
+    middle = ordered[50]
+    mad = sorted(abs(value - middle) for value in values)[50]
+    assert spike_limit(values, threshold=6.0) == pytest.approx(middle + 6 * 1.4826 * mad, rel=1e-12)
+    assert middle == median(values)
+
+
+def test_a_window_speaks_only_when_it_knows_enough_and_forgets_old_levels():
+    window = SpikeWindow(threshold=5.0, size=8, min_values=4)
+    for value in (1.0, 1.1, 0.9):
+        window.add(value)
+        assert window.limit() == math.inf
+    window.add(1.0)
+    assert 1.0 < window.limit() < 2.0
+    for _ in range(16):
+        window.add(4.0)
+    assert window.limit() == pytest.approx(4.4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_never_moves_a_limit(bad):
+    clean, disturbed = (SpikeWindow(size=16, min_values=4) for _ in range(2))
+    for step in range(40):
+        clean.add(step % 5)
+        disturbed.add(step % 5)
+        disturbed.add(bad)
+    assert disturbed.state() == clean.state()
+    assert math.isfinite(disturbed.limit())
+
+
+def test_refused_values_never_move_the_limits():
+    """A window with the spikes in it would follow them: here a thousand refused steps change nothing."""
+    guarded = fed(policy(max_skips=10**6), 20)
+    before = guarded.limits()
+    for step in range(21, 1021):
+        guarded.observe(step, 1e6 if step % 2 else math.nan, 1e6, taken=False)
+    assert guarded.limits() == before
+
+
+def test_decisions_after_a_resume_have_the_same_bits():
+    straight, resumed = fed(policy(), 13), fed(policy(), 13)
+    straight.observe(14, math.nan, 1.0, taken=False)
+    resumed.observe(14, math.nan, 1.0, taken=False)
+    again = policy()
+    again.load(json.loads(json.dumps(resumed.state())))
+    draw = random.Random(5)
+    for step in range(15, 90):
+        loss, norm = 2 + 0.3 * draw.random(), 1 + 0.3 * draw.random()
+        taken = loss <= straight.limits()[0] and norm <= straight.limits()[1]
+        assert again.observe(step, loss, norm, taken=taken) == straight.observe(step, loss, norm, taken=taken)
+        assert again.limits() == straight.limits()
+        assert again.state() == straight.state()
+
+
+def test_a_loss_that_stays_high_leads_back_and_then_to_the_end():
+    guarded = fed(policy(max_rollbacks=1), 20)
+    state = guarded.state()
+    assert guarded.horizon(20) == 17
+    answers = [guarded.observe(step, 50.0, 1.0, taken=False) for step in (21, 22, 23)]
+    assert [answer.do for answer in answers] == ["go_on", "go_on", "roll_back"]
+    assert answers[2].kept_from == 17
+    assert answers[2].details["since"] == 21
+    assert answers[2].verdict.confidence == "likely"
+    assert "3 of the last 3 steps could not be taken, last step 23: the loss is 50, above" in answers[2].message
+    lost = guarded.state()
+    guarded.load(state)
+    guarded.rolled_back(lost)
+    assert guarded.rate_factor == 0.5
+    assert [guarded.observe(step, 50.0, 1.0, taken=False).do for step in (21, 22, 23)] == ["go_on", "go_on", "stop"]
+
+
+def test_skips_that_lie_far_apart_are_not_added_up():
+    guarded = fed(policy(), 20)
+    for step in range(40, 400, 20):
+        assert guarded.observe(step, math.nan, math.nan, taken=False).do == "go_on"
+
+
+def test_large_gradients_beside_an_ordinary_loss_are_a_new_level():
+    """A threshold that refuses them for ever would end a run that is in order."""
+    guarded = fed(policy(), 20)
+    kinds = [guarded.observe(step, 2.0, 40.0, taken=False).kind for step in (21, 22, 23)]
+    assert kinds == ["step_skipped", "step_skipped", "guard_yields"]
+    assert guarded.limits()[1] == math.inf
+    for step in range(24, 40):
+        assert guarded.observe(step, 2.0, 40.0, taken=True) is None
+    assert 40 < guarded.limits()[1] < 60
+
+
+def test_a_verdict_names_where_the_gradient_broke():
+    answer = policy().observe(5, 2.0, math.inf, taken=False, places=["head.weight"])
+    assert answer.message.startswith("Step 5 was skipped: the gradient norm is inf, from the gradient of head.weight.")
+    assert answer.verdict.confidence == "certain"
+    assert answer.verdict.quantity == "grad_norm"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"spike_threshold": 0.0}, "guard.spike_threshold must be positive, got 0.0"),
+        ({"max_skips": -1}, "guard.max_skips must be at least 0, got -1"),
+        ({"min_values": 17}, "guard.min_values must be at most guard.window, got 17 and 16"),
+        ({"rollback_rate": 1.5}, r"guard.rollback_rate must lie in \(0, 1\], got 1.5"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        policy(**settings)
