@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tameformer.health import Diagnosis, Monitor, diagnose
+    from tameformer.health import Diagnosis, Guard, GuardConfig, Monitor, diagnose
     from tameformer.nn.attention.entropy import attention_entropy
     from tameformer.patch import PatchHandle
     from tameformer.recipes.export import Exported, export, load
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "Diagnosis": "tameformer.health",
     "Exported": "tameformer.recipes.export",
+    "Guard": "tameformer.health",
+    "GuardConfig": "tameformer.health",
     "Monitor": "tameformer.health",
     "PatchHandle": "tameformer.patch",
     "Result": "tameformer.recipes.launch",
@@ -64,6 +66,8 @@ _HOMES = {
 __all__ = [
     "Diagnosis",
     "Exported",
+    "Guard",
+    "GuardConfig",
     "Monitor",
     "PatchHandle",
     "Result",

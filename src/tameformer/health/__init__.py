@@ -2,8 +2,9 @@
 
 from tameformer.health.diagnose import diagnose
 from tameformer.health.diagnosis import Diagnosis
+from tameformer.health.guard import Guard
 from tameformer.health.monitor import Monitor
 from tameformer.health.policy import GuardConfig, Policy
 from tameformer.health.verdicts import Verdict, judge
 
-__all__ = ["Diagnosis", "GuardConfig", "Monitor", "Policy", "Verdict", "diagnose", "judge"]
+__all__ = ["Diagnosis", "Guard", "GuardConfig", "Monitor", "Policy", "Verdict", "diagnose", "judge"]
