@@ -162,7 +162,7 @@ def test_without_a_way_back_the_run_ends_with_three(tmp_path, monkeypatch, capsy
     found, skipped = CheckpointFolder(Path("run")).newest_verified()
     assert found is not None
     assert skipped == []
-    assert main(["train", *WORDS, "--output_dir=early", "--inject=nan@1-40"]) == 3
+    assert main(["train", *WORDS, "--output_dir=early", "--inject=nan@1-40", "--checkpoint.every=20"]) == 3
     assert "there is no checkpoint" in capsys.readouterr().err
 
 
