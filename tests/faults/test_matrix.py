@@ -166,6 +166,13 @@ def test_without_a_way_back_the_run_ends_with_three(tmp_path, monkeypatch, capsy
     assert "there is no checkpoint" in capsys.readouterr().err
 
 
+def test_a_run_whose_last_steps_fail_goes_back_before_it_ends(tmp_path):
+    assert run(tmp_path, "nan@38-40").finished
+    assert kinds(tmp_path) == ["step_skipped"] * 3 + ["rollback"]
+    lines = [line for line in lines_of(tmp_path) if "train/loss" in line]
+    assert lines[-1]["step"] == STEPS
+
+
 def test_a_bounded_number_of_ways_back(tmp_path):
     with pytest.raises(Exception, match="The run ends; the last checkpoint before it is untouched"):
         run(tmp_path, "nan@23-400")

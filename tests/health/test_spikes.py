@@ -94,6 +94,19 @@ def test_a_loss_that_stays_high_leads_back_and_then_to_the_end():
     assert [guarded.observe(step, 50.0, 1.0, taken=False).do for step in (21, 22, 23)] == ["go_on", "go_on", "stop"]
 
 
+def test_a_run_does_not_end_with_two_steps_that_could_not_be_taken():
+    guarded = fed(policy(max_skips=8), 20)
+    guarded.observe(21, math.nan, math.nan, taken=False)
+    assert guarded.conclude(21) is None
+    guarded.observe(22, math.nan, math.nan, taken=False)
+    assert guarded.conclude(22).do == "roll_back"
+    assert guarded.conclude(23) is None
+    assert (
+        "2 of the last 2 steps could not be taken, the last two among them: the loss is nan."
+        in guarded.conclude(22).message
+    )
+
+
 def test_skips_that_lie_far_apart_are_not_added_up():
     guarded = fed(policy(), 20)
     for step in range(40, 400, 20):

@@ -115,6 +115,7 @@ class Policy:
         self._norm = SpikeWindow(**sizes, min_values=self.config.min_values)
         self._skips: list[tuple[int, Kind]] = []
         self.rollbacks = 0
+        self._what_last = ""
 
     @property
     def rate_factor(self) -> float:
@@ -142,6 +143,20 @@ class Policy:
         kind = self._kind(loss, norm)
         self._skips = [skip for skip in self._skips if skip[0] > step - self.config.window] + [(step, kind)]
         return self._answer(step, kind, loss, norm, places)
+
+    def conclude(self, step: int) -> Answer | None:
+        """What to do about a run whose last step this is: with its last two refused it has not come to an end.
+
+        One bad batch at the end is no harm; that a second one cannot be learned from either tells of bad weights.
+        """
+        if [number for number, _ in self._skips[-2:]] != [step - 1, step]:
+            return None
+        count = sum(number >= self._since() for number, _ in self._skips)
+        steps = f"{count} of the last {step - self._since() + 1} steps"
+        text = f"{steps} could not be taken, the last two among them: {self._what_last}."
+        kind = self._skips[-1][1]
+        verdict = Verdict("bad", "loss", (), math.nan, text, _ADVICE[kind], self._since())
+        return self._way_back(verdict, self.horizon(step))
 
     def horizon(self, step: int) -> int:
         """The last step whose checkpoint is beyond doubt, seen from `step`: some without trouble have followed it."""
@@ -185,7 +200,7 @@ class Policy:
 
     def _answer(self, step: int, kind: Kind, loss: float, norm: float, places: Sequence[str]) -> Answer:
         since, horizon = self._since(), self.horizon(step)
-        what = self._what(kind, loss, norm, places)
+        what = self._what_last = self._what(kind, loss, norm, places)
         if len(self._skips) <= self.config.max_skips:
             verdict = self._verdict(kind, loss, norm, places, since, f"Step {step} was skipped: {what}.")
             return Answer("go_on", "step_skipped", verdict, horizon)
@@ -199,6 +214,9 @@ class Policy:
             self._norm.clear()
             return Answer("go_on", "guard_yields", verdict, horizon)
         verdict = self._verdict(kind, loss, norm, places, since, counted)
+        return self._way_back(verdict, horizon)
+
+    def _way_back(self, verdict: Verdict, horizon: int) -> Answer:
         if self.rollbacks < self.config.max_rollbacks:
             return Answer("roll_back", "rollback", verdict, horizon)
         return Answer("stop", "diverged", verdict, horizon)

@@ -107,6 +107,7 @@ class Loop:
         self._lines: list[_Line] = []
         self._pending: _Pending | None = None
         self._answer: Answer | None = None
+        self._details: dict[str, Any] = {}
         self._last_line = time.perf_counter()
 
     def train(self) -> Outcome:
@@ -162,8 +163,9 @@ class Loop:
 
     def _batches(self) -> Generator[Sequence[Batch], None, None]:
         """The data from the present position on; going back to a checkpoint leaves more steps than were planned."""
-        run, engine = self.run, self.engine
-        while self.step < run.max_steps:
+        run, engine, known = self.run, self.engine, None
+        while self.step < run.max_steps and known != self.passed_over:  # a source that ends early ends the run
+            known = self.passed_over
             stop = run.max_steps + self.passed_over
             stream = run.batches(start=self.position, stop=stop, rank=engine.rank, world_size=engine.world_size)
             with closing(cast(Any, stream)):
@@ -195,6 +197,8 @@ class Loop:
             or self._every(every, self.step)
         ):
             self._settle()
+        if self.step == self.run.max_steps and self._answer is None:
+            self._answer, self._details = self.run.guard.conclude(self.step), {}
         return result
 
     def _before_update(self) -> tuple[float, float]:
@@ -261,7 +265,7 @@ class Loop:
                 back = "there is no checkpoint"
             message = f"{answer.message} The run ends; {back}."
             self.listener.on_event(self.step, "diverged", message, self._details)
-            raise DivergedError(message)
+            raise DivergedError(f"step {self.step}: {message}")
         self._roll_back(target, answer)
         return True
 
@@ -370,6 +374,10 @@ class Loop:
             self.anchors = before
             message = f"checkpoint of step {self.step} was not written: {broken} is not finite; the run goes on"
             self.listener.on_event(self.step, "checkpoint_failed", message, {})
+            if self.status != "running":
+                message = f"{broken} is not finite after the last step; resume from the checkpoint before it"
+                self.listener.on_event(self.step, "diverged", message, {})
+                raise DivergedError(f"step {self.step}: {message}")
         elif self.engine.is_main:
             try:
                 self.checkpoints.save(self.step, snapshot, best=best, spare=self.anchors)

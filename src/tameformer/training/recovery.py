@@ -60,6 +60,10 @@ class Guard(Protocol):
         """Learn from a step; an answer where it was not taken."""
         ...
 
+    def conclude(self, step: int) -> Answer | None:
+        """An answer where a run must not end with this step, its last."""
+        ...
+
     def horizon(self, step: int) -> int:
         """The last step whose checkpoint is beyond doubt, seen from `step`."""
         ...
