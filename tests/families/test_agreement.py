@@ -251,7 +251,8 @@ def test_weights_gradients_and_updates(families, name, output_of):
     values = watch.read()
     squares, counts = {}, {}
     for full, parameter in model.named_parameters():
-        owner, label = full.rpartition(".")[0] or full, full.removesuffix("weight").rstrip("._")
+        owner = (full.rpartition(".")[0] or full).partition(".parametrizations.")[0]
+        label = full.removesuffix("weight").rstrip("._")
         if parameter.grad is not None:
             squares[owner] = squares.get(owner, 0.0) + float(parameter.grad.double().square().sum())
             counts[owner] = counts.get(owner, 0) + parameter.numel()

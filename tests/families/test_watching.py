@@ -41,7 +41,7 @@ def expected(family, model):
         keys |= {f"diag/{quantity}/{name}": None for quantity in ("spectral_norm", "stable_rank", "update_ratio")}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            owner = name.rpartition(".")[0] or name
+            owner = (name.rpartition(".")[0] or name).partition(".parametrizations.")[0]
             keys |= {f"diag/{quantity}/{owner}": None for quantity in ("grad_norm", "grad_rms_over_epsilon")}
     return keys
 
