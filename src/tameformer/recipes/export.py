@@ -94,19 +94,8 @@ def export(run: str | Path, out: str | Path, *, weights: str | None = None, best
     _check_free(out)
     checkpoint, skipped = _checkpoint(run, best)
     folder = checkpoint.parent.parent
-    methods = resolve(str(folder)).config.methods
     architecture = _architecture(folder)
-    snapshot = checkpoints_on_disk.load(checkpoint)
-    if weights is None:
-        weights = "ema" if snapshot.average else "raw"
-    if weights == "ema" and not snapshot.average:
-        raise CheckpointError(f"{checkpoint} holds no moving average; the run had optim.ema_decay null: take raw")
-    try:
-        model, handles = _changed(architecture, methods, read_profile(folder))
-    except PatchError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
-    load_model_tensors(model, _average(snapshot.average) if weights == "ema" else snapshot.model)
-    kept = _fold(handles)
+    model, handles, kept, step, weights = _folded(checkpoint, architecture, weights)
     settings = [{handle.method: handle.settings} if handle.settings else handle.method for handle in kept]
     plain, _ = _changed(architecture, methods_of(settings), {})
     values = {
@@ -115,7 +104,7 @@ def export(run: str | Path, out: str | Path, *, weights: str | None = None, best
         "model": architecture.to_plain(),
         "stabilize": settings,
         **_beside_tensors(model, plain),
-        "trained": {"run": folder.resolve().name, "step": int(snapshot.state["step"]), "weights": weights},
+        "trained": {"run": folder.resolve().name, "step": step, "weights": weights},
     }
     with _whole(out) as temporary:
         (temporary / CONFIG).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -125,7 +114,7 @@ def export(run: str | Path, out: str | Path, *, weights: str | None = None, best
                 shutil.copyfile(folder / name, temporary / name)
         load(temporary)  # what cannot be read again is never published
     folded, left = ([one.method for one in handles if (one in kept) is is_kept] for is_kept in (False, True))
-    return Exported(out, int(snapshot.state["step"]), weights, tuple(folded), tuple(left), tuple(skipped))
+    return Exported(out, step, weights, tuple(folded), tuple(left), tuple(skipped))
 
 
 def load(path: str | Path) -> nn.Module:
@@ -155,6 +144,52 @@ def load(path: str | Path) -> nn.Module:
     except CheckpointError as error:
         raise CheckpointError(f"{path / MODEL}: {error}") from error
     return model.eval()
+
+
+def plain_model(path: str | Path) -> tuple[nn.Module, Architecture, list[str]]:
+    """The model of a run, of one of its checkpoints, or of a folder that `export` wrote, with what it was built from.
+
+    Of a run the weights are those that `export` takes by itself: the moving average where there is one.
+
+    Returns:
+        The model, every method folded that can be; its architecture; and the methods that cannot, by name.
+
+    Raises:
+        CheckpointError: There is no such folder, or no sound model in it.
+    """
+    path = Path(path)
+    if (path / MODEL).is_file() and (path / CONFIG).is_file():
+        values = _read_config(path)
+        return (
+            load(path),
+            Architecture.from_plain(values["model"]),
+            [name for name, _ in methods_of(values["stabilize"])],
+        )
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no folder; give a run folder, one of its checkpoints, or an exported folder")
+    checkpoint, _ = _checkpoint(path, best=False)
+    architecture = _architecture(checkpoint.parent.parent)
+    model, _, kept, *_ = _folded(checkpoint, architecture, None)
+    return model, architecture, [handle.method for handle in kept]
+
+
+def _folded(
+    checkpoint: Path, architecture: Architecture, weights: str | None
+) -> tuple[nn.Module, list[PatchHandle], list[PatchHandle], int, str]:
+    """A checkpoint's model with its methods folded; all handles, those left, the step, and which weights it has."""
+    folder = checkpoint.parent.parent
+    methods = resolve(str(folder)).config.methods
+    snapshot = checkpoints_on_disk.load(checkpoint)
+    if weights is None:
+        weights = "ema" if snapshot.average else "raw"
+    if weights == "ema" and not snapshot.average:
+        raise CheckpointError(f"{checkpoint} holds no moving average; the run had optim.ema_decay null: take raw")
+    try:
+        model, handles = _changed(architecture, methods, read_profile(folder))
+    except PatchError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    load_model_tensors(model, _average(snapshot.average) if weights == "ema" else snapshot.model)
+    return model, handles, _fold(handles), int(snapshot.state["step"]), weights
 
 
 def _check_free(out: Path) -> None:

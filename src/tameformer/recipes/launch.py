@@ -31,7 +31,7 @@ _HARMLESS = (
     "data.num_workers",
 )
 # These decide what the weights mean, or which samples a step sees; nothing learned so far would fit.
-_FUNDAMENTAL = ("task", "model.", "data.", "seed", "data_seed", "optim.name", "overfit_batches", "stabilize")
+_FUNDAMENTAL = ("task", "model.", "data.", "seed", "data_seed", "init_from", "optim.name", "overfit_batches", "stabilize")
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,12 @@ from tameformer.data.sources import (
     image_folder,
     npz_arrays,
 )
+from tameformer.data.sources.images import stratified_split
+from tameformer.errors import ConfigError
 from tameformer.models import Architecture, VisionConfig
 from tameformer.recipes.assemble import assemble, require_path
 from tameformer.recipes.config import RecipeConfig
+from tameformer.recipes.init_from import init_from
 from tameformer.training import Engine, Run, mean_metrics
 from tameformer.training.step import Batch
 
@@ -61,6 +64,8 @@ class VisionDataConfig:
     """Images evaluated at a time."""
     validation_fraction: float = 0.0
     """Share of the training images that is held out and evaluated instead of the test images, to choose settings."""
+    train_samples: int | None = None
+    """Training images to learn from, chosen by the data's seed with equal shares of each class; null takes all."""
     augment: tuple[Augmentation, ...] = ()
     """Random changes of the training images, in order."""
     shift_pixels: int | None = None
@@ -75,6 +80,8 @@ class VisionDataConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"data.validation_fraction must lie in [0, 1), got {self.validation_fraction}")
+        if self.train_samples is not None and self.train_samples < 1:
+            raise ValueError(f"data.train_samples must be at least 1, got {self.train_samples}; null takes all")
         if self.shift_pixels is not None and self.shift_pixels < 1:
             raise ValueError(
                 f"data.shift_pixels must be at least 1, got {self.shift_pixels}; leave shift out of data.augment for none"
@@ -93,6 +100,8 @@ class Config(RecipeConfig):
     """Images and their classes."""
     model: VisionConfig = field(default_factory=VisionConfig)
     """The classifier."""
+    init_from: str | None = None
+    """Run folder, checkpoint or exported folder whose weights the model starts from, all but the head; null starts fresh."""
     label_smoothing: float = 0.0
     """Probability mass of a label that is spread over all classes."""
     num_train_epochs: int | None = 20
@@ -118,6 +127,7 @@ def build(config: Config, folder: Path) -> Run:
         evaluate=partial(evaluate, source=held_out, batch_size=data.eval_batch_size),
         num_workers=data.num_workers,
         artifacts={PREPROCESSING: json.dumps(preprocessing(train), indent=1) + "\n"},
+        initialize=init_from(config.init_from, config.model, fresh=("head.", "pooling.")),
     )
 
 
@@ -140,6 +150,14 @@ def sources(data: VisionDataConfig, seed: int) -> tuple[ImageSource, ImageSource
         train, held_out = train.hold_out(data.validation_fraction, seed=seed)
     else:
         held_out = read_split(data, data.test_split, like=train)
+    if data.train_samples is not None:
+        if data.train_samples > len(train):
+            raise ConfigError(
+                f"data.train_samples is {data.train_samples}, but there are {len(train)} training images; "
+                "give fewer, or null for all"
+            )
+        _, chosen = stratified_split(train.labels, data.train_samples / len(train), seed=seed)
+        train = train.take(chosen)
     side = min(train.image_shape[1:])
     return replace(train, transforms=transforms(data.augment, side, shift_pixels=data.shift_pixels)), held_out
 
