@@ -43,7 +43,8 @@ def is_matrix(name: str, module: nn.Module, parameter: nn.Parameter) -> bool:
         heard = [said for part in chain if (said := _said(part)) is not None]
         if heard:
             return any("original" in names for names in heard)
-    return parameter.ndim >= 2 and isinstance(module, _MATRIX_OWNERS)
+    is_owner = isinstance(module, _MATRIX_OWNERS) or any(one.__name__ == "Conv1D" for one in type(module).__mro__)
+    return parameter.ndim >= 2 and is_owner  # `Conv1D` is the transposed linear layer of Hugging Face's GPT-2
 
 
 def _said(part: Any) -> Sequence[str] | None:
