@@ -1,7 +1,7 @@
 """The run folder: the only interface between training and everything that looks at training.
 
     runs/NAME/  config.yaml  env.json  log.jsonl  probes.jsonl  events.jsonl
-                checkpoints/  LATEST  BEST  report.html  tb/
+                checkpoints/  LATEST  BEST  report.html  tb/  [figures/NAME.json]
 
 Every `.jsonl` line is one JSON object with the optimizer step it belongs to. Non-finite numbers are written as the
 strings "NaN", "Infinity" and "-Infinity": visible to every reader, and still valid JSON.
@@ -19,6 +19,7 @@ from tameformer.errors import RecordError
 LOG, PROBES, EVENTS = "log.jsonl", "probes.jsonl", "events.jsonl"
 CONFIG, ENVIRONMENT, REPORT = "config.yaml", "env.json", "report.html"
 CHECKPOINTS, LATEST, BEST, TENSORBOARD = "checkpoints", "LATEST", "BEST", "tb"
+FIGURES = "figures"
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -63,6 +64,26 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_figure(folder: Path, name: str, figure: Mapping[str, Any]) -> None:
+    """Keep what a recipe wants to be seen in the report as `figures/NAME.json`; a later one of that name takes its place.
+
+    `kind` says what it is, and `title` and `caption` say what to see:
+
+    - "images": `rows` of pictures, each named and a list of pictures as tall as the others: values 0..255, (height, width) or
+      (height, width, 3) as nested lists;
+    - "lines": `x`, numbers ascending, with `x_label`, and `lines`, named lists of as many numbers or nulls;
+    - "passages": `passages`, each a `heading` and `lines`, which are a weight in [0, 1] and words with theirs.
+
+    Example:
+        >>> import tempfile
+        >>> write_figure(Path(tempfile.mkdtemp()), "by-length", {"kind": "lines", "title": "Accuracy", "caption": "",
+        ...     "x": [10, 20], "x_label": "length", "lines": {"accuracy": [1.0, 0.5]}})
+    """
+    (folder / FIGURES).mkdir(parents=True, exist_ok=True)
+    text = json.dumps(figure, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    write_atomically(folder / FIGURES / f"{name}.json", text + "\n")
 
 
 def cut_back(path: Path, step: float) -> int:
@@ -176,6 +197,11 @@ class RunReader:
         """What the run ran on: versions, commit, hardware, threads, command; empty when it was not written."""
         path = self.folder / ENVIRONMENT
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """What `write_figure` kept, by name."""
+        files = sorted((self.folder / FIGURES).glob("[!.]*.json"))
+        return {file.stem: dict(json.loads(file.read_text(encoding="utf-8"))) for file in files}
 
     def config_text(self) -> str:
         """The resolved configuration as YAML text; empty when it was not written."""

@@ -7,12 +7,12 @@ every weight of the new model must be there, but for the parts that the new task
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import nn
 
 from tameformer.errors import CheckpointError, ConfigError
-from tameformer.models.stack import StackConfig
 from tameformer.recipes.export import plain_model
 from tameformer.training.checkpoint import model_tensors
 
@@ -20,14 +20,12 @@ logger = logging.getLogger(__name__)
 _MAY_DIFFER = {"dropout", "attention_dropout", "drop_path", "pooling", "tie_embeddings"}
 
 
-def init_from(
-    path: str | None, config: StackConfig, *, fresh: Sequence[str]
-) -> Callable[[nn.Module], list[str]] | None:
+def init_from(path: str | None, config: Any, *, fresh: Sequence[str]) -> Callable[[nn.Module], list[str]] | None:
     """What gives a fresh model the weights of another, see `take_weights`; None where there is no path."""
     return None if path is None else lambda model: take_weights(model, config, path, fresh=fresh)
 
 
-def take_weights(model: nn.Module, config: StackConfig, path: str, *, fresh: Sequence[str]) -> list[str]:
+def take_weights(model: nn.Module, config: Any, path: str, *, fresh: Sequence[str]) -> list[str]:
     """Copy the weights of a run, a checkpoint or an exported folder into a model, in place.
 
     Methods of `stabilize` are folded into them first; parts that only the other model has, such as a decoder, are left.

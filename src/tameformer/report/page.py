@@ -35,7 +35,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
         remarks=run.remarks,
         lead=(),
         keys=(),
-        sections=[section for section in sections(run) if section.charts or section.tables or section.texts],
+        sections=[section for section in sections(run) if not section.is_empty],
     )
     path = folder / REPORT if out is None else out
     write_atomically(path, html)

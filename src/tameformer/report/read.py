@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tameformer.errors import RecordError
-from tameformer.record import CONFIG, ENVIRONMENT, EVENTS, PROBES, RunReader
+from tameformer.record import CONFIG, ENVIRONMENT, EVENTS, FIGURES, PROBES, RunReader
 
 Read = TypeVar("Read")
 _NUMBERS = re.compile(r"[0-9]{1,18}")
@@ -87,6 +87,8 @@ class Run:
     events: tuple[Event, ...]
     environment: dict[str, Any]
     config_text: str
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the recipe wants to be seen, by name: see `tameformer.record.write_figure`."""
     remarks: tuple[str, ...] = ()
     """What could not be read, and why, a sentence each."""
 
@@ -152,6 +154,7 @@ def read_run(folder: Path) -> Run:
     lines = reader.log()
     probes = tolerant(PROBES, reader.probes, [])
     events = tolerant(EVENTS, reader.events, [])
+    figures = tolerant(FIGURES, reader.figures, {})
     environment = tolerant(ENVIRONMENT, reader.environment, {})
     return Run(
         name=clean(folder.resolve().name),
@@ -160,6 +163,7 @@ def read_run(folder: Path) -> Run:
         events=tuple(_event(record) for record in events if _is_step(record.get("step"))),
         environment=environment if isinstance(environment, dict) else {},
         config_text=clean(tolerant(CONFIG, reader.config_text, "")),
+        figures=figures,
         remarks=tuple(remarks),
     )
 

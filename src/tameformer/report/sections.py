@@ -18,6 +18,7 @@ from tameformer.report.tables import (
     lowest_heads,
     worst_places,
 )
+from tameformer.report.task_figures import Passage, task_figures
 from tameformer.report.trouble import Trouble, first_trouble
 from tameformer.report.verdict import best
 from tameformer.report.wording import direction, label, quantity
@@ -34,6 +35,12 @@ class Section:
     charts: tuple[Chart, ...] = ()
     tables: tuple[Table, ...] = ()
     texts: tuple[tuple[str, str], ...] = ()
+    passages: tuple[Passage, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing in it."""
+        return not (self.charts or self.tables or self.texts or self.passages)
 
 
 def sections(run: Run) -> list[Section]:
@@ -54,10 +61,17 @@ def sections(run: Run) -> list[Section]:
     main = [*training[:1], *metric_charts, *training[1:], *speed, *other]
     return [
         Section("Training", tuple(main), tuple(evaluation_table(run))),
+        _task_section(run),
         *_probe_sections(run, trouble),
         Section("Events", (event_chart(run.events, last_step=last),) if run.events else (), event_tables(run)),
         Section("How it was run", (), tuple(environment_tables(run)), _texts(run)),
     ]
+
+
+def _task_section(run: Run) -> Section:
+    """What the recipe itself wants to be seen."""
+    charts, shown, remarks = task_figures(run.figures)
+    return Section("The task", charts, (), tuple((f"{name} cannot be drawn", why) for name, why in remarks), shown)
 
 
 def _probe_sections(run: Run, trouble: Trouble | None) -> list[Section]:
