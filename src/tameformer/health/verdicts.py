@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from tameformer.limits import LOGITS_DIVERGED, RANK_COLLAPSED
+
 Level = Literal["bad", "note"]
 Place = tuple[str, int | None]
 """A layer, and a head of it."""
@@ -62,7 +64,7 @@ _LOGITS = "Try QK-norm or sigmaReparam, or half the learning rate."
 RULES: tuple[Rule, ...] = (
     Rule(
         "attention_logit_max",
-        lambda value: value > 1e4,
+        lambda value: value > LOGITS_DIVERGED,
         lambda value: value > 100,
         "Attention logits reach {value} in {where}.",
         _LOGITS,
@@ -89,7 +91,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "rank_residual",
-        lambda value: value < 1e-2,
+        lambda value: value < RANK_COLLAPSED,
         lambda value: value < 0.1,
         "All tokens are nearly the same vector after {where}: their distance from rank one is {value}.",
         "Rank collapse: check that residual connections are there, shorten the stack, or use Pre-norm or Admin.",
@@ -200,8 +202,18 @@ def parse(key: str) -> tuple[str, Place]:
         (('attention_entropy', ('layers.3', 7)), ('log_partition', ('output', None)))
     """
     _, quantity, place = key.split("/", 2)
-    layer, _, head = place.rpartition("/")
-    return quantity, (layer, int(head)) if head.isdigit() and "/" in place else (place, None)
+    return quantity, place_of(place)
+
+
+def place_of(text: str) -> Place:
+    """The place that is written `<layer>[/<head>]`.
+
+    Example:
+        >>> place_of("layers.3/7"), place_of("output")
+        (('layers.3', 7), ('output', None))
+    """
+    layer, _, head = text.rpartition("/")
+    return (layer, int(head)) if head.isdigit() and "/" in text else (text, None)
 
 
 def concern(quantity: str, value: float) -> int:
@@ -220,20 +232,26 @@ def _apply(rule: Rule, values: Mapping[Place, float]) -> list[Verdict]:
     for level, hits in levels:
         if hits:
             value = rule.worst(hits.values())
-            places = _by_layer(hits)
+            places = by_layer(hits)
             text = rule.found.format(where=where(places), value=number(value))
             found.append(Verdict(level, rule.quantity, places, value, text, rule.advice))
     return found
 
 
 def _non_finite(quantity: str, values: Mapping[Place, float]) -> Verdict:
-    places = _by_layer(values)
+    places = by_layer(values)
     text = f"The {quantity.replace('_', ' ')} is not a finite number in {where(places)}."
     advice = "Look for the first layer that gives one, and at the data of this batch."
     return Verdict("bad", quantity, places, next(iter(values.values())), text, advice)
 
 
-def _by_layer(places: Iterable[Place]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def by_layer(places: Iterable[Place]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Layers, each with its heads, in the order in which they come.
+
+    Example:
+        >>> by_layer([("a", 1), ("b", None), ("a", 0)])
+        (('a', (0, 1)), ('b', ()))
+    """
     heads: dict[str, list[int]] = {}
     for layer, head in places:
         heads.setdefault(layer, []).extend([] if head is None else [head])

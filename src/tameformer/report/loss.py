@@ -5,12 +5,10 @@ from typing import Literal
 
 import numpy as np
 
+from tameformer.limits import LOSS_CLEAR, LOSS_HIGH, LOSS_STALLED
 from tameformer.report.read import Series
 
-HIGH = 0.25  # chosen here: of the fall so far; a loss that gives back this much of it has left its course
-CLEAR = 0.05  # chosen here: of the fall so far; the rise is said to begin where it first exceeds this or the noise
 LONG = 0.2  # chosen here: of the records; a loss that is high for so long did not merely spike
-STALLED = 0.05  # chosen here: a loss that falls by less than this share after its first tenth has stopped learning
 FEWEST = 12  # chosen here: records below which a course cannot be told from noise
 
 
@@ -65,7 +63,7 @@ def stall(loss: Series) -> Departure | None:
     smooth = smoothed(finite).values
     early = len(finite) // 10
     lowest = float(smooth.min())
-    if smooth[early] - lowest > STALLED * max(abs(float(smooth[early])), 1e-12):
+    if smooth[early] - lowest > LOSS_STALLED * max(abs(float(smooth[early])), 1e-12):
         return None
     return Departure(int(finite.steps[early]), "stalled")
 
@@ -92,8 +90,8 @@ def _rise(finite: Series) -> Departure | None:
     fall = np.maximum.accumulate(smooth[0] - lowest)
     noise = 1.4826 * float(np.median(np.abs(finite.values - smooth)))
     least = np.maximum(noise, 0.02 * np.abs(lowest))  # a loss that has not fallen yet still jitters
-    clear = smooth > lowest + np.maximum(CLEAR * fall, least)
-    high = smooth > lowest + np.maximum(HIGH * fall, 3 * least)
+    clear = smooth > lowest + np.maximum(LOSS_CLEAR * fall, least)
+    high = smooth > lowest + np.maximum(LOSS_HIGH * fall, 3 * least)
     found = None
     for start, stop in _stretches(clear):
         if not high[start:stop].any():

@@ -11,13 +11,22 @@ from typing import Literal
 
 import numpy as np
 
+from tameformer.limits import (
+    ENTROPY_COLLAPSED,
+    ENTROPY_RECOVERED,
+    LOGITS_DIVERGED,
+    LOGITS_LARGE,
+    LOGITS_ORDINARY,
+    RANK_COLLAPSED,
+    RANK_RECOVERED,
+    RECENT_SHARE,
+    RECENT_STEPS,
+)
 from tameformer.report.loss import Departure, departure, stall
 from tameformer.report.quantities import quantity_of
 from tameformer.report.read import Probe, Run, share_of
 from tameformer.report.wording import listed, place_names
 
-COLLAPSED = 0.1  # chosen here: share of its ceiling below which a head's attention counts as collapsed onto few keys
-RECENT_SHARE, RECENT_STEPS = 0.25, 200  # chosen here: how long before the loss an ordinary sign may begin to be blamed
 _SHARPENING = "half the peak learning rate, a longer warm-up, QK-norm or sigmaReparam"
 
 
@@ -43,24 +52,24 @@ class Sign:
 
 
 COLLAPSE = Sign(
-    probe="attention_entropy", side="below", enter=COLLAPSED, leave=2 * COLLAPSED, of="ceiling",
+    probe="attention_entropy", side="below", enter=ENTROPY_COLLAPSED, leave=ENTROPY_RECOVERED, of="ceiling",
     words="has attention entropy below a tenth of its ceiling",
     remedy=_SHARPENING, source="chosen here; collapse is described in Zhai et al. 2023, arXiv:2303.06296",
 )  # fmt: skip
 SIGNS: tuple[Sign, ...] = (
     Sign(
-        probe="attention_logit_max", side="above", enter=1e4, leave=1e4, needs="nothing",
+        probe="attention_logit_max", side="above", enter=LOGITS_DIVERGED, leave=LOGITS_DIVERGED, needs="nothing",
         words="has attention logits above 10,000, at which every run of Wortsman et al. 2023 diverged",
         remedy=_SHARPENING, source="Wortsman et al. 2023, arXiv:2309.14322",
     ),
     Sign(
-        probe="attention_logit_max", side="above", enter=1e3, leave=5e2, needs="loss",
+        probe="attention_logit_max", side="above", enter=LOGITS_LARGE, leave=LOGITS_ORDINARY, needs="loss",
         words="has attention logits above 1,000",
         remedy=_SHARPENING, source="chosen here: a tenth of the limit of Wortsman et al. 2023",
     ),
     COLLAPSE,
     Sign(
-        probe="rank_residual", side="below", enter=0.01, leave=0.02, needs="loss",
+        probe="rank_residual", side="below", enter=RANK_COLLAPSED, leave=RANK_RECOVERED, needs="loss",
         words="has made all tokens nearly equal (rank residual below 0.01)",
         remedy="residual branches scaled down with depth, Pre-LN, or a lower rate",
         source="chosen here: half of what 12 Post-LN layers leave at initialization; Dong et al. 2021, arXiv:2103.03404",

@@ -5,17 +5,17 @@ from typing import Literal
 
 import numpy as np
 
+from tameformer.limits import ALWAYS_CLIPPED, ENTROPY_COLLAPSED, OVER_FITTING_RISE
 from tameformer.report.loss import Departure, departure, smoothed
 from tameformer.report.quantities import quantity_of
 from tameformer.report.read import Probe, Run, Series, share_of
-from tameformer.report.trouble import COLLAPSE, COLLAPSED, first_trouble, onsets
+from tameformer.report.trouble import COLLAPSE, first_trouble, onsets
 from tameformer.report.wording import direction, label, listed, number, quantity
 
 Level = Literal["good", "note", "bad"]
 State = Literal["empty", "unfinished", "finished", "stopped", "diverged"]
 
 MOST_LAYERS = 4  # with collapsed heads that are told one by one
-ALWAYS_CLIPPED = 0.9  # clip rate above which the threshold, not the gradient, sets the length of every update
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def over_fitting(train: Series | None, evaluation: Series | None) -> Finding | N
     at = int(points.values.argmin())
     lowest, last, since = points.values[at], points.values[-1], int(points.steps[at])
     then = float(np.interp(since, smooth.steps, smooth.values))
-    if len(points) - 1 - at < 2 or last - lowest <= 0.02 * abs(lowest) or smooth.values[-1] >= then:
+    if len(points) - 1 - at < 2 or last - lowest <= OVER_FITTING_RISE * abs(lowest) or smooth.values[-1] >= then:
         return None
     return Finding(
         "note",
@@ -219,7 +219,7 @@ def collapsed_attention(run: Run) -> list[Finding]:
     heads: dict[str, list[tuple[int | None, int]]] = {}
     for onset in onsets(shares, probe.steps, COLLAPSE):
         layer, head = probe.rows[onset.row]
-        still = shares[onset.row][np.isfinite(shares[onset.row])][-1] < COLLAPSED
+        still = shares[onset.row][np.isfinite(shares[onset.row])][-1] < ENTROPY_COLLAPSED
         if still and (gone is None or onset.step <= gone.step):  # what came after the loss went is no cause
             heads.setdefault(layer, []).append((head, onset.step))
     level: Level = "good" if gone is None else "note" if gone.back is not None else "bad"
