@@ -2,14 +2,23 @@
 
 from tameformer.finetune.freeze import GradualUnfreezing, freeze, one_by_one
 from tameformer.finetune.layer_decay import LayerGroups, layer_decay_groups
+from tameformer.finetune.mixout import Mixout, mixout, per_neuron, per_weight
 from tameformer.finetune.places import Place, places
+from tameformer.finetune.prior_decay import prior_decay
+from tameformer.finetune.reinit import reinit_top
 
 __all__ = [
     "GradualUnfreezing",
     "LayerGroups",
+    "Mixout",
     "Place",
     "freeze",
     "layer_decay_groups",
+    "mixout",
     "one_by_one",
+    "per_neuron",
+    "per_weight",
     "places",
+    "prior_decay",
+    "reinit_top",
 ]
