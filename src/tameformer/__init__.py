@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tameformer.health import Diagnosis, Guard, GuardConfig, Monitor, diagnose
+    from tameformer.nn.attention.attend import attend
     from tameformer.nn.attention.entropy import attention_entropy
     from tameformer.patch import PatchHandle
     from tameformer.recipes.export import Exported, export, load
@@ -41,6 +42,7 @@ _HOMES = {
     "Monitor": "tameformer.health",
     "PatchHandle": "tameformer.patch",
     "Result": "tameformer.recipes.launch",
+    "attend": "tameformer.nn.attention.attend",
     "attention_entropy": "tameformer.nn.attention.entropy",
     "compare": "tameformer.studies",
     "diagnose": "tameformer.health",
@@ -72,6 +74,7 @@ __all__ = [
     "PatchHandle",
     "Result",
     "admin",
+    "attend",
     "attention_entropy",
     "compare",
     "deepnorm",

@@ -4,10 +4,20 @@ from functools import partial
 
 import torch.nn.functional as F
 
+from tameformer.nn.attention import AdditiveScore, GaussianScore, GeneralScore, concat_score, dot
 from tameformer.nn.feed_forward import FeedForward, GatedFeedForward, gated_hidden_dim, plain_hidden_dim
 from tameformer.nn.norms import layer_norm, rms_norm
 from tameformer.nn.pooling import AttentionPooling, ClassTokenPooling, MaxPooling, MeanPooling, SoftmaxPooling
-from tameformer.nn.positions import LearnedPositions, RotaryPositions, SinusoidalPositions
+from tameformer.nn.positions import (
+    AlibiPositions,
+    BinaryPositions,
+    BucketedPositions,
+    DisentangledPositions,
+    LearnedPositions,
+    RotaryPositions,
+    ShawPositions,
+    SinusoidalPositions,
+)
 from tameformer.nn.residual import NoNorm, PeriNorm, PostNorm, PreNorm
 from tameformer.nn.stems import ConvolutionStem, PatchStem
 
@@ -20,13 +30,24 @@ PARTS = {
         "swiglu": partial(GatedFeedForward, activation=F.silu),
     },
     "hidden_dim": {"relu": plain_hidden_dim, "gelu": plain_hidden_dim, "swiglu": gated_hidden_dim},
-    "added_positions": {
-        "sinusoidal": SinusoidalPositions,
-        "learned": LearnedPositions,
-        "rotary": None,
-        "none": None,
+    "added_positions": {"sinusoidal": SinusoidalPositions, "learned": LearnedPositions, "binary": BinaryPositions},
+    "turned_positions": {"rotary": RotaryPositions},
+    "relative_positions": {
+        "relative": lambda heads, head_dim, length: ShawPositions(head_dim, max_distance=min(16, length)),
+        "disentangled": lambda heads, head_dim, length: DisentangledPositions(
+            heads, head_dim, max_distance=min(512, length)
+        ),
+        "alibi": lambda heads, head_dim, length: AlibiPositions(heads),
+        "t5": lambda heads, head_dim, length: BucketedPositions(heads),
     },
-    "turned_positions": {"sinusoidal": None, "learned": None, "rotary": RotaryPositions, "none": None},
+    "score": {
+        "scaled_dot": None,  # its own module, with more than a score has
+        "dot": lambda heads, head_dim: dot,
+        "general": GeneralScore,
+        "additive": AdditiveScore,
+        "concat": concat_score,
+        "gaussian": lambda heads, head_dim: GaussianScore(bandwidth=head_dim**0.25),  # the scale of scaled dot
+    },
     "pooling": {
         "class_token": ClassTokenPooling,
         "mean": MeanPooling,

@@ -17,6 +17,8 @@ from tameformer.shapes import Mask, Stream, Tokens
 class StackConfig:
     """Layers of a Transformer, whatever stands before and after them."""
 
+    architecture: Literal["transformer"] = "transformer"
+    """Which architecture this is."""
     dim: int = 128
     """Width of the residual stream, in features."""
     num_heads: int = 4
@@ -31,8 +33,12 @@ class StackConfig:
     """Normalization layer."""
     activation: Literal["relu", "gelu", "swiglu"] = "gelu"
     """Feed-forward layer: two linear layers with ReLU or GELU between, or three with a SiLU gate."""
-    positions: Literal["sinusoidal", "learned", "rotary", "none"] = "learned"
-    """How a token knows where it stands."""
+    positions: Literal[
+        "sinusoidal", "learned", "binary", "rotary", "relative", "disentangled", "alibi", "t5", "none"
+    ] = "learned"
+    """How a token knows where it stands: added to the embeddings, turned, or by distance on the logits."""
+    score: Literal["scaled_dot", "dot", "general", "additive", "concat", "gaussian"] = "scaled_dot"
+    """From a query and a key to their logit."""
     dropout: float = 0.0
     """Probability of dropping a unit of the embeddings and of each branch's output."""
     attention_dropout: float = 0.0
@@ -52,11 +58,14 @@ class StackConfig:
                 f"expected an even dim / num_heads for rotary positions, got {self.dim} / {self.num_heads} = "
                 f"{self.dim // self.num_heads}; change dim or num_heads"
             )
+        if self.positions == "disentangled" and self.score != "scaled_dot":
+            raise ValueError(
+                f"expected the score scaled_dot beside disentangled positions, got {self.score}; "
+                "take relative, t5 or alibi positions"
+            )
         if self.positions == "sinusoidal" and self.dim % 2:
             raise ValueError(f"expected an even dim for sinusoidal positions, got {self.dim}; make dim even")
-        for name in ("dropout", "attention_dropout", "drop_path"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"expected 0 <= {name} < 1, got {getattr(self, name)}; it is a probability")
+        check_probabilities(self, "dropout", "attention_dropout", "drop_path")
 
     @property
     def kv_heads(self) -> int:
@@ -81,6 +90,17 @@ def check_choices(config: Any) -> None:
             raise ValueError(f"expected {name} to be one of {', '.join(get_args(hint))}, got {value!r}")
         if hint is int and value < 1:
             raise ValueError(f"expected {name} of at least 1, got {value}")
+
+
+def check_probabilities(config: Any, *names: str) -> None:
+    """Refuses a value of these fields outside [0, 1).
+
+    Raises:
+        ValueError: with the field and the value.
+    """
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"expected 0 <= {name} < 1, got {getattr(config, name)}; it is a probability")
 
 
 class Layer(nn.Module):
@@ -150,7 +170,10 @@ class Stack(nn.Module):
 
 
 def layer_stack(config: StackConfig, *, num_layers: int, max_length: int, cross_attention: bool = False) -> Stack:
-    """The stack that `config` describes; rotary positions, if chosen, are one module that all its layers share."""
+    """The stack that `config` describes; rotary positions, if chosen, are one module that all its layers share.
+
+    Positions by distance are part of self-attention only: in cross-attention there is no distance.
+    """
 
     def norm(dim: int) -> nn.Module:
         return PARTS["norm"][config.norm](dim, bias=config.bias)
@@ -158,23 +181,27 @@ def layer_stack(config: StackConfig, *, num_layers: int, max_length: int, cross_
     def placed(branch: nn.Module, path_rate: float) -> nn.Module:
         return placement(config.dim, branch, norm=norm, drop=branch_drop(config.dropout, path_rate))
 
-    def attention(positions: nn.Module | None) -> MultiHeadAttention:
+    def attention(*, of_itself: bool) -> MultiHeadAttention:
+        score = PARTS["score"][config.score]
         return MultiHeadAttention(
             config.dim,
             config.num_heads,
             num_kv_heads=config.num_kv_heads,
             bias=config.bias,
             dropout=config.attention_dropout,
-            positions=positions,
+            positions=turn if of_itself else None,
+            relative=relative(config.num_heads, head_dim, max_length) if of_itself and relative else None,
+            score=None if score is None else score(config.num_heads, head_dim),
         )
 
-    placement = PARTS["residual"][config.residual]
-    turned = PARTS["turned_positions"][config.positions]
-    turn = None if turned is None else turned(max_length, config.dim // config.num_heads)
+    placement, head_dim = PARTS["residual"][config.residual], config.dim // config.num_heads
+    relative = PARTS["relative_positions"].get(config.positions)
+    turned = PARTS["turned_positions"].get(config.positions)
+    turn = None if turned is None else turned(max_length, head_dim)
     layers: list[nn.Module] = []
     for rate in depth_rates(config.drop_path, num_layers):
-        own = placed(attention(turn), rate)
-        cross = placed(attention(None), rate) if cross_attention else None
+        own = placed(attention(of_itself=True), rate)
+        cross = placed(attention(of_itself=False), rate) if cross_attention else None
         feed_forward = PARTS["activation"][config.activation](config.dim, config.feed_forward_dim, bias=config.bias)
         last = placed(feed_forward, rate)
         layers.append(Layer(own, last) if cross is None else CrossLayer(own, cross, last))
@@ -183,7 +210,7 @@ def layer_stack(config: StackConfig, *, num_layers: int, max_length: int, cross_
 
 def added_positions(config: StackConfig, max_length: int) -> nn.Module | None:
     """The module that adds positions to embeddings, or None if `config` chose none that is added."""
-    added = PARTS["added_positions"][config.positions]
+    added = PARTS["added_positions"].get(config.positions)
     return None if added is None else added(max_length, config.dim)
 
 

@@ -5,10 +5,11 @@ of any layer without knowing the layer, and another score function is another cl
 """
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tameformer.nn.attention.attend import attention_weights, check_one_mask, fused_attention
+from tameformer.nn.attention.scores.dot import DotScore
 from tameformer.shapes import Mask
 
 
@@ -35,38 +36,42 @@ class DotProductAttention(nn.Module):
         value: Float[Tensor, "batch kv_heads key value_dim"],
         *,
         mask: Mask | None = None,
+        bias: Float[Tensor, "#batch #heads #query #key"] | None = None,
         is_causal: bool = False,
     ) -> Float[Tensor, "batch heads query value_dim"]:
         """The values mixed for each query; zeros for a query that may attend to nothing.
 
         `is_causal` lets query i attend to keys 0..i and needs no mask in memory; it excludes `mask`.
-        Each of `kv_heads` keys and values serves `heads / kv_heads` neighbouring query heads.
+        `bias` is added to the scaled products. Each of `kv_heads` keys and values serves `heads / kv_heads` neighbouring
+        query heads.
 
         Raises:
             ValueError: both `mask` and `is_causal` are given.
         """
-        if is_causal and mask is not None:
-            raise ValueError(
-                "expected either mask or is_causal=True, got both; put the causal part into the mask: "
-                "mask & causal_mask(query_length, key_length)"
-            )
+        check_one_mask(mask, is_causal)
         device_type = query.device.type
         if self.compute_dtype is None or not torch.is_autocast_enabled(device_type):
-            return self._attend(query, key, value, mask, is_causal)
+            return self._attend(query, key, value, mask, bias, is_causal)
         query, key = query.to(self.compute_dtype), key.to(self.compute_dtype)
         with torch.autocast(device_type, enabled=False):
-            return self._attend(query, key, value.to(self.compute_dtype), mask, is_causal).to(value.dtype)
+            return self._attend(query, key, value.to(self.compute_dtype), mask, bias, is_causal).to(value.dtype)
 
-    def _attend(self, query, key, value, mask, is_causal):
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=is_causal,
-            scale=self.scale,
-            enable_gqa=key.shape[1] != query.shape[1],
+    def weights(
+        self,
+        query: Float[Tensor, "batch heads query head_dim"],
+        key: Float[Tensor, "batch kv_heads key head_dim"],
+        *,
+        mask: Mask | None = None,
+        bias: Float[Tensor, "#batch #heads #query #key"] | None = None,
+        is_causal: bool = False,
+    ) -> Float[Tensor, "batch heads query key"]:
+        """What the values are mixed with, before dropout, all of it in memory; in float32 or wider."""
+        return attention_weights(query, key, score=DotScore(self.scale), mask=mask, bias=bias, is_causal=is_causal)
+
+    def _attend(self, query, key, value, mask, bias, is_causal):
+        dropout = self.dropout if self.training else 0.0
+        return fused_attention(
+            query, key, value, mask=mask, bias=bias, is_causal=is_causal, dropout=dropout, scale=self.scale
         )
 
     def extra_repr(self) -> str:

@@ -3,12 +3,17 @@
 Vaswani et al. 2017, arXiv:1706.03762, section 3.2.2; Ainslie et al. 2023, "GQA", arXiv:2305.13245.
 """
 
+from typing import cast
+
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tameformer.nn.attention.attend import Score, ScoreAttention
 from tameformer.nn.attention.cache import AttentionCache
 from tameformer.nn.attention.dot_product import DotProductAttention
 from tameformer.nn.masks import causal_mask
+from tameformer.nn.positions.relative import RelativePositions, distances
 from tameformer.shapes import Mask, Stream, Tokens
 
 
@@ -25,10 +30,12 @@ class MultiHeadAttention(nn.Module):
         bias: whether the four linear layers have one.
         dropout: probability of dropping an attention weight while training.
         positions: module with `forward(query_or_key, positions, *, start)` that turns queries and keys, or None.
-        attend: the score function; None is `DotProductAttention(dropout=dropout)`.
+        relative: what the distance of two positions changes in self-attention, or None.
+        score: from queries and keys to logits, see `nn.attention.scores`; None is the scaled dot product.
+        attend: all that stands between the heads and `out`, where a score alone does not say it (windowed, linear).
 
     Raises:
-        ValueError: heads do not divide, or both `attend` and `dropout` are given.
+        ValueError: heads do not divide, `attend` is given beside `score` or `dropout`, or takes no bias for `relative`.
     """
 
     def __init__(
@@ -41,6 +48,8 @@ class MultiHeadAttention(nn.Module):
         bias: bool = True,
         dropout: float = 0.0,
         positions: nn.Module | None = None,
+        relative: RelativePositions | None = None,
+        score: Score | None = None,
         attend: nn.Module | None = None,
     ):
         super().__init__()
@@ -48,6 +57,8 @@ class MultiHeadAttention(nn.Module):
         check_heads(dim, num_heads, num_kv_heads)
         if attend is not None and dropout:
             raise ValueError(f"expected dropout=0 beside attend, got {dropout}; give the dropout to attend")
+        if attend is not None and score is not None:
+            raise ValueError("expected score or attend, got both; give the score to ScoreAttention(score)")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
         kv_dim, memory_dim = num_kv_heads * self.head_dim, dim if memory_dim is None else memory_dim
         self.query = nn.Linear(dim, dim, bias=bias)
@@ -55,7 +66,18 @@ class MultiHeadAttention(nn.Module):
         self.value = nn.Linear(memory_dim, kv_dim, bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
         self.positions = positions
-        self.attend = DotProductAttention(dropout=dropout) if attend is None else attend
+        self.relative = relative
+        if score is not None:
+            attend = ScoreAttention(score, dropout=dropout)
+        elif attend is None:
+            scale = None if relative is None else relative.scale(self.head_dim)
+            attend = DotProductAttention(scale=scale, dropout=dropout)
+        if relative is not None and not isinstance(attend, DotProductAttention | ScoreAttention):
+            raise ValueError(
+                f"expected DotProductAttention or a score beside relative positions, got {type(attend).__name__}, "
+                "which takes no bias; choose added or rotary positions"
+            )
+        self.attend = attend
 
     def forward(
         self,
@@ -92,8 +114,22 @@ class MultiHeadAttention(nn.Module):
             if is_causal and start:  # torch's is_causal counts from the first key, ours from the last
                 mask = None if query.shape[2] == 1 else causal_mask(query.shape[2], key.shape[2], query.device)
                 is_causal = False
-        mixed = self.attend(query, key, value, mask=mask, is_causal=is_causal)
+        if self.relative is None or memory is not None:
+            mixed = self.attend(query, key, value, mask=mask, is_causal=is_causal)
+        else:
+            distance = distances(query.shape[2], key.shape[2], positions, query.device)
+            mixed = self._mix(self.relative, distance, query, key, value, mask=mask, is_causal=is_causal)
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+    def _mix(self, relative: RelativePositions, distance, query, key, value, **masks):
+        bias = relative.bias(query, key, distance)
+        if not relative.changes_values:
+            return self.attend(query, key, value, bias=bias, **masks)
+        attend = cast(DotProductAttention | ScoreAttention, self.attend)
+        weights = attend.weights(query, key, bias=bias, **masks)
+        weights = F.dropout(weights, attend.dropout, self.training).to(value.dtype)
+        value = value.repeat_interleave(self.num_heads // self.num_kv_heads, 1)
+        return weights @ value + relative.values(weights, distance)
 
     def _memory(self, memory, cache):
         if cache is not None and cache.length:

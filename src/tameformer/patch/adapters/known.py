@@ -79,8 +79,8 @@ def ours(name: str, block: nn.Module) -> list[Branch] | None:
         # A linear map before a norm has no scale of its own: the norm's weight is what ends the branch.
         last = _linear(prefix, part, "out_norm") if placement == "peri" else None
         path = f"{prefix}.branch"
-        norms = [name for name in QK_NORMS if hasattr(branch, name)]
-        if _has(branch, "query", "key", "value", "out", *norms):
+        more_parts = [name for name in (*QK_NORMS, "relative", "attend") if getattr(branch, name, None) is not None]
+        if _has(branch, "query", "key", "value", "out", *more_parts):
             query, key, value, out = _linears(path, branch, "query", "key", "value", "out")
             is_cross = attribute == "cross_attention"
             kind: Kind = "cross_attention" if is_cross else "attention"
