@@ -108,3 +108,86 @@ def test_files_that_are_not_plain_mappings_are_refused(tmp_path, text, message, 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         config.read_yaml(tmp_path / "nowhere.yaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wide:
+    """One member of a union."""
+
+    architecture: Literal["wide"] = "wide"
+    """Which architecture this is."""
+    dim: int = 8
+    """Width."""
+    look: Literal["a", "b"] = "a"
+    """A choice that the other has, too, with other values."""
+    heads: int = 2
+    """What the other has not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deep:
+    """The other member, which answers to two names."""
+
+    architecture: Literal["deep", "deeper"] = "deep"
+    """Which architecture this is."""
+    dim: int = 4
+    """Width."""
+    look: Literal["b", "c"] = "c"
+    """A choice."""
+    layers: int = 3
+    """How many layers it has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Either:
+    """Settings with a union."""
+
+    seed: int = 0
+    """The seed."""
+    model: Wide | Deep = field(default_factory=Wide)
+    """One of two."""
+
+
+def test_a_union_is_chosen_by_its_architecture():
+    assert config.build(Either, {}) == Either()
+    assert config.build(Either, {"model": {"architecture": "deeper"}}).model == Deep(architecture="deeper")
+    base = Either(seed=3, model=Wide(dim=16, look="b", heads=4))
+    kept = Either(seed=3, model=Deep(dim=16, look="b", layers=5))
+    assert config.build(Either, {"model.architecture": "deep", "model.layers": 5}, base=base) == kept
+    for arguments in (
+        ["--model.architecture=deep", "--model.layers=5"],
+        ["--model.layers", "5", "--model.architecture", "deep"],
+    ):
+        assert config.parse(Either, arguments, base=base, prog="test") == kept
+    # What does not fit the other member is left out, and staying with one keeps all of it.
+    assert config.build(Either, {"model.architecture": "deep"}, base=Either(model=Wide(look="a"))).model.look == "c"
+    assert config.build(Either, {"seed": 1}, base=base) == Either(seed=1, model=base.model)
+    assert config.build(Either, {"model.layers": 9}, base=kept).model == Deep(dim=16, look="b", layers=9)
+
+
+def test_a_union_round_trips_and_knows_the_keys_of_all_its_members(tmp_path):
+    made = Either(model=Deep(architecture="deeper", layers=9))
+    path = tmp_path / "c.yaml"
+    path.write_text(config.to_yaml(made))
+    assert config.build(Either, config.read_yaml(path)) == made
+    kinds = config.field_types(Either)
+    assert {"model.heads", "model.layers"} < set(kinds)
+    assert config.type_name(kinds["model.architecture"]) == "one of wide, deep, deeper"
+
+
+def test_a_union_refuses_unknown_members_and_keys_of_the_other_member():
+    with pytest.raises(ConfigError, match=r"model\.architecture must be one of wide, deep, deeper, got tall"):
+        config.parse(Either, ["--model.architecture", "tall"], base=Either(), prog="test")
+    with pytest.raises(ConfigError, match=r"unknown key model\.layers; did you mean"):
+        config.build(Either, {"model.layers": 5}, base=Either())
+    with pytest.raises(ConfigError, match=r"model\.look expects one of b, c, got a"):
+        config.build(Either, {"model.architecture": "deep", "model.look": "a"}, base=Either())
+
+
+def test_the_help_tells_the_keys_of_the_member_chosen(capsys):
+    with pytest.raises(SystemExit):
+        config.parse(Either, ["--model.architecture=deep", "--help"], base=Either(), prog="test")
+    shown = capsys.readouterr().out
+    assert "How many layers it has" in shown
+    assert "The seed" in shown
+    assert "heads" not in shown

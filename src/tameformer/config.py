@@ -6,10 +6,12 @@ of whatever does not fit, with the nearest name that would have.
 
 import dataclasses
 import difflib
+import functools
+import itertools
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +20,8 @@ import yaml
 from tameformer.errors import ConfigError
 
 Config = TypeVar("Config")
+TAG = "architecture"
+"""The key that tells the members of a union of configurations apart: a `Literal` of the names that a member answers to."""
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -45,10 +49,53 @@ def _walk(config_class: type, prefix: str) -> Iterator[tuple[str, Any]]:
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         kind = hints[field.name]
+        members = _members(kind)
         if dataclasses.is_dataclass(kind):
             yield from _walk(typing.cast(type, kind), f"{prefix}{field.name}.")
+        elif members:
+            for member in dict.fromkeys(members.values()):
+                yield from _walk(member, f"{prefix}{field.name}.")
+            yield f"{prefix}{field.name}.{TAG}", typing.Literal[tuple(members)]
         else:
             yield f"{prefix}{field.name}", kind
+
+
+def _members(kind: Any) -> dict[str, type]:
+    """The configuration classes of a union by the names they answer to; nothing for any other type."""
+    parts = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else ()
+    if not parts or not all(dataclasses.is_dataclass(part) for part in parts):
+        return {}
+    return {name: part for part in parts for name in typing.get_args(typing.get_type_hints(part)[TAG])}
+
+
+def _narrowed(config_class: type, given: Mapping[str, Any], base: Any) -> type:
+    """The class with one member for each of its unions: what `given` names, else what the base holds or the default is.
+
+    Raises:
+        ConfigError: There is no member of that name.
+    """
+    hints, chosen = typing.get_type_hints(config_class), []
+    for field in dataclasses.fields(config_class):
+        members = _members(hints[field.name])
+        if not members:
+            continue
+        key = f"{field.name}.{TAG}"
+        factory: Any = field.default_factory
+        held = factory() if base is None else getattr(base, field.name)
+        name = given.get(key, getattr(held, TAG))
+        if name not in members:
+            raise ConfigError(f"{key} must be one of {', '.join(members)}, got {name}")
+        chosen.append((field.name, members[name], name))
+    return _with_members(config_class, tuple(chosen)) if chosen else config_class
+
+
+@functools.cache
+def _with_members(config_class: type, chosen: tuple[tuple[str, type, str], ...]) -> type:
+    fields = [
+        (field, kind, dataclasses.field(default_factory=functools.partial(kind, **{TAG: name})))
+        for field, kind, name in chosen
+    ]
+    return dataclasses.make_dataclass(config_class.__name__, fields, bases=(config_class,), frozen=True, kw_only=True)
 
 
 _LISTS = (list, Sequence)
@@ -150,6 +197,9 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def build(config_class: type[Config], values: Mapping[str, Any], *, base: Config | None = None) -> Config:
     """A configuration from nested or dotted values; what is not given comes from `base`, else from the class's defaults.
 
+    Where `architecture` names another member of a union than the base holds, the base's values remain for the keys that
+    both members have.
+
     Args:
         config_class: A frozen dataclass, possibly nested.
         values: Values by key; strings are read as YAML would read them.
@@ -159,9 +209,10 @@ def build(config_class: type[Config], values: Mapping[str, Any], *, base: Config
         ConfigError: Unknown key, a value of the wrong type, or values that contradict each other.
     """
     given = flatten(values)
-    check_keys(list(given), config_class)
-    parser = _parser(config_class, base)
-    return _instantiate(parser, config_class, lambda: parser.parse_object(_nest(given)))
+    narrowed = _narrowed(config_class, given, base)
+    check_keys(list(given), narrowed)
+    parser = _parser(narrowed, base)
+    return _instantiate(parser, config_class, narrowed, lambda: parser.parse_object(_nest(given)))
 
 
 def parse(
@@ -180,9 +231,10 @@ def parse(
         ConfigError: As for `build`.
     """
     keys = [argument[2:].split("=", 1)[0] for argument in arguments if argument.startswith("--")]
-    check_keys([key for key in keys if key != "help"], config_class, also=also)
-    parser = _parser(config_class, base, prog=prog)
-    return _instantiate(parser, config_class, lambda: parser.parse_args(list(arguments)))
+    narrowed = _narrowed(config_class, dict(_tags(arguments)), base)
+    check_keys([key for key in keys if key != "help"], narrowed, also=also)
+    parser = _parser(narrowed, base, prog=prog)
+    return _instantiate(parser, config_class, narrowed, lambda: parser.parse_args(list(arguments)))
 
 
 def to_yaml(config: Any, **first: Any) -> str:
@@ -239,6 +291,28 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
+def _tags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The choices of members among command-line arguments."""
+    for argument, following in itertools.pairwise([*arguments, ""]):
+        key, is_joined, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and key.endswith(f".{TAG}"):
+            yield key, value if is_joined else following
+
+
+def _kept(config_class: type, base: Any) -> Iterable[tuple[str, Any]]:
+    """The base's values for the keys that the class has; where a member of a union was exchanged, those that still fit."""
+    known = field_types(config_class)
+    for field in dataclasses.fields(typing.cast(Any, config_class)):
+        value, kind = getattr(base, field.name), typing.get_type_hints(config_class)[field.name]
+        values = flatten(
+            {field.name: dataclasses.asdict(typing.cast(Any, value)) if dataclasses.is_dataclass(value) else value}
+        )
+        exchanged = dataclasses.is_dataclass(kind) and type(value) is not kind
+        for key, one in values.items():
+            if not exchanged or (key != f"{field.name}.{TAG}" and key in known and accepts(known[key], _plain(one))):
+                yield key, one
+
+
 def _parser(config_class: type, base: Any, prog: str = "tame train"):
     # Imported here: reading a finished run needs no command line, and some machines that only train lack the package.
     import jsonargparse
@@ -247,13 +321,14 @@ def _parser(config_class: type, base: Any, prog: str = "tame train"):
     parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, default_env=False)
     parser.add_class_arguments(config_class, None, fail_untyped=True)
     if base is not None:
-        parser.set_defaults({key: value for key, value in flatten(dataclasses.asdict(base)).items()})
+        parser.set_defaults(dict(_kept(config_class, base)))
     return parser
 
 
-def _instantiate(parser: Any, config_class: type[Config], read: Any) -> Config:
+def _instantiate(parser: Any, config_class: type[Config], narrowed: type, read: Any) -> Config:
     import argparse
 
+    known = field_types(narrowed)
     try:
         values = parser.instantiate(read())
         return config_class(
@@ -263,10 +338,8 @@ def _instantiate(parser: Any, config_class: type[Config], read: Any) -> Config:
         raise ConfigError(str(error)) from error
     except argparse.ArgumentError as error:
         found = re.search(r'key "([\w.]+)"', str(error))
-        if found is None or found[1] not in field_types(config_class):
+        if found is None or found[1] not in known:
             raise ConfigError(str(error)) from error
         got = re.search(r"(?:Got value|Given value): (.*)", str(error))
         shown = got[1] if got else "another"
-        raise ConfigError(
-            f"{found[1]} expects {type_name(field_types(config_class)[found[1]])}, got {shown}"
-        ) from error
+        raise ConfigError(f"{found[1]} expects {type_name(known[found[1]])}, got {shown}") from error

@@ -408,12 +408,17 @@ def test_diagnose_says_what_an_exported_folder_lacks(run, tmp_path, capsys):
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_every_builder_goes_through_plain_values(builder):
     arguments = {
+        "convolutional_classifier": {"num_classes": 3, "image_size": (8, 4), "channels": 1},
         "decoder": {"vocab_size": 20},
         "encoder": {"vocab_size": 20},
         "encoder_decoder": {"vocab_size": 20, "padding_id": 0},
+        "recurrent_decoder": {"vocab_size": 20},
         "vision_classifier": {"num_classes": 3, "image_size": (8, 4), "channels": 1},
     }[builder]
-    made = Architecture(builder, BUILDERS[builder][1](dim=16, num_heads=2), arguments)
+    config_class = BUILDERS[builder][1]
+    small = {"dim": 16, "num_heads": 2, "widths": (8, 16)}
+    known = {name: value for name, value in small.items() if name in config_class.__dataclass_fields__}
+    made = Architecture(builder, config_class(**known), arguments)
     again = Architecture.from_plain(json.loads(json.dumps(made.to_plain())))
     assert again == made
     assert again.build().state_dict().keys() == made.build().state_dict().keys()

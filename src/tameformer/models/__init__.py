@@ -1,29 +1,40 @@
 """Models: building blocks put together from a configuration."""
 
 from tameformer.models.architecture import BUILDERS, Architecture
+from tameformer.models.convolutional import ConvolutionalConfig, convolutional_classifier
 from tameformer.models.decoder import Decoder, DecoderConfig, decoder
 from tameformer.models.encoder import Encoder, EncoderConfig, encoder
 from tameformer.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig, encoder_decoder
 from tameformer.models.generate import beam_search, decoder_steps, greedy, sample, translation_steps
+from tameformer.models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderConfig, masked_autoencoder
+from tameformer.models.recurrent import RecurrentConfig, RecurrentDecoderConfig, recurrent_decoder
 from tameformer.models.vision import VisionClassifier, VisionConfig, vision_classifier
 
 __all__ = [
     "BUILDERS",
     "Architecture",
+    "ConvolutionalConfig",
     "Decoder",
     "DecoderConfig",
     "Encoder",
     "EncoderConfig",
     "EncoderDecoder",
     "EncoderDecoderConfig",
+    "MaskedAutoencoder",
+    "MaskedAutoencoderConfig",
+    "RecurrentConfig",
+    "RecurrentDecoderConfig",
     "VisionClassifier",
     "VisionConfig",
     "beam_search",
+    "convolutional_classifier",
     "decoder",
     "decoder_steps",
     "encoder",
     "encoder_decoder",
     "greedy",
+    "masked_autoencoder",
+    "recurrent_decoder",
     "sample",
     "translation_steps",
     "vision_classifier",

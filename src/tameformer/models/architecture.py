@@ -9,16 +9,21 @@ from torch import nn
 
 from tameformer import config as configuration
 from tameformer.errors import ConfigError
+from tameformer.models.convolutional import ConvolutionalConfig, convolutional_classifier
 from tameformer.models.decoder import DecoderConfig, decoder
 from tameformer.models.encoder import EncoderConfig, encoder
 from tameformer.models.encoder_decoder import EncoderDecoderConfig, encoder_decoder
-from tameformer.models.stack import StackConfig
+from tameformer.models.masked_autoencoder import MaskedAutoencoderConfig, masked_autoencoder
+from tameformer.models.recurrent import RecurrentDecoderConfig, recurrent_decoder
 from tameformer.models.vision import VisionConfig, vision_classifier
 
-BUILDERS: dict[str, tuple[Callable[..., nn.Module], type[StackConfig]]] = {
+BUILDERS: dict[str, tuple[Callable[..., nn.Module], type]] = {
+    "convolutional_classifier": (convolutional_classifier, ConvolutionalConfig),
     "decoder": (decoder, DecoderConfig),
     "encoder": (encoder, EncoderConfig),
     "encoder_decoder": (encoder_decoder, EncoderDecoderConfig),
+    "recurrent_decoder": (recurrent_decoder, RecurrentDecoderConfig),
+    "masked_autoencoder": (masked_autoencoder, MaskedAutoencoderConfig),
     "vision_classifier": (vision_classifier, VisionConfig),
 }
 """The builders by their names in files: nothing else is called because a file says so."""
@@ -30,10 +35,23 @@ class Architecture:
 
     builder: str
     """A name in `BUILDERS`."""
-    config: StackConfig
+    config: Any
     """Its configuration."""
     arguments: Mapping[str, Any]
     """Its other arguments, such as `vocab_size`."""
+
+    @classmethod
+    def of(cls, config: Any, **arguments: Any) -> "Architecture":
+        """The builder that takes configurations of this class, with its other arguments.
+
+        Example:
+            >>> Architecture.of(RecurrentDecoderConfig(), vocab_size=65).builder
+            'recurrent_decoder'
+        """
+        builder = next((name for name, (_, taken) in BUILDERS.items() if taken is type(config)), None)
+        if builder is None:
+            raise TypeError(f"no model is built from a {type(config).__name__}; put its builder into BUILDERS")
+        return cls(builder, config, arguments)
 
     def build(self) -> nn.Module:
         """The model with fresh weights, the same for the same `torch.manual_seed`."""

@@ -14,8 +14,9 @@ from tameformer.data import SequentialBatches, ShuffledBatches, Source, single_p
 from tameformer.data.text import read_text
 from tameformer.data.tokenizers import CharTokenizer
 from tameformer.data.windows import EvaluationWindows, TokenWindows
-from tameformer.models import Architecture, DecoderConfig
-from tameformer.recipes.assemble import assemble, require_path
+from tameformer.health import prior_loss
+from tameformer.models import Architecture, DecoderConfig, RecurrentDecoderConfig
+from tameformer.recipes.assemble import assemble, frequencies, require_path
 from tameformer.recipes.config import RecipeConfig
 from tameformer.training import Engine, Run, mean_metrics
 from tameformer.training.step import Batch
@@ -51,8 +52,8 @@ class Config(RecipeConfig):
 
     data: TextDataConfig = field(default_factory=TextDataConfig)
     """The text."""
-    model: DecoderConfig = field(default_factory=lambda: DecoderConfig(max_length=64))
-    """The decoder; its `max_length` is the context."""
+    model: DecoderConfig | RecurrentDecoderConfig = field(default_factory=lambda: DecoderConfig(max_length=64))
+    """The decoder, or a recurrent network; its `max_length` is the context."""
     max_steps: int | None = 2000
     """Optimizer steps; null trains for `num_train_epochs`."""
 
@@ -69,7 +70,7 @@ def build(config: Config, folder: Path) -> Run:
     return assemble(
         config,
         folder=folder,
-        model=Architecture("decoder", config.model, {"vocab_size": tokenizer.vocab_size}),
+        model=Architecture.of(config.model, vocab_size=tokenizer.vocab_size),
         source=train,
         plan=ShuffledBatches(len(train), config.data.batch_size, seed=config.order_seed),
         loss=language_loss,
@@ -79,6 +80,7 @@ def build(config: Config, folder: Path) -> Run:
             source=EvaluationWindows(judging, config.model.max_length),
             batch_size=config.data.eval_batch_size,
         ),
+        trivial_loss=prior_loss(frequencies(train, tokenizer.vocab_size).tolist()),
         num_workers=config.data.num_workers,
         artifacts={"tokenizer.json": tokenizer.to_json() + "\n"},
     )

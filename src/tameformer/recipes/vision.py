@@ -1,4 +1,4 @@
-"""Image classification with a Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929)."""
+"""Image classification with a Vision Transformer (Dosovitskiy et al. 2020, arXiv:2010.11929), or with convolutions."""
 
 import json
 from collections.abc import Mapping
@@ -32,7 +32,8 @@ from tameformer.data.sources import (
 )
 from tameformer.data.sources.images import stratified_split
 from tameformer.errors import ConfigError
-from tameformer.models import Architecture, VisionConfig
+from tameformer.health import prior_loss
+from tameformer.models import Architecture, ConvolutionalConfig, VisionConfig
 from tameformer.recipes.assemble import assemble, require_path
 from tameformer.recipes.config import RecipeConfig
 from tameformer.recipes.init_from import init_from
@@ -98,7 +99,7 @@ class Config(RecipeConfig):
 
     data: VisionDataConfig = field(default_factory=VisionDataConfig)
     """Images and their classes."""
-    model: VisionConfig = field(default_factory=VisionConfig)
+    model: VisionConfig | ConvolutionalConfig = field(default_factory=VisionConfig)
     """The classifier."""
     init_from: str | None = None
     """Run folder, checkpoint or exported folder whose weights the model starts from, all but the head; null starts fresh."""
@@ -115,17 +116,19 @@ def build(config: Config, folder: Path) -> Run:
     mixed = data.mixup_alpha or data.cutmix_alpha
     source = MixedSource(train, mixup_alpha=data.mixup_alpha, cutmix_alpha=data.cutmix_alpha) if mixed else train
     channels, *sides = train.image_shape
-    told = {"num_classes": train.num_classes, "image_size": tuple(sides), "channels": channels}
     return assemble(
         config,
         folder=folder,
-        model=Architecture("vision_classifier", config.model, told),
+        model=Architecture.of(config.model, num_classes=train.num_classes, image_size=tuple(sides), channels=channels),
         source=source,
         plan=ShuffledBatches(len(train), data.batch_size, seed=config.order_seed),
         loss=partial(classification_loss, label_smoothing=config.label_smoothing),
         unit="samples",
         evaluate=partial(evaluate, source=held_out, batch_size=data.eval_batch_size),
         num_workers=data.num_workers,
+        trivial_loss=prior_loss(
+            np.bincount(train.labels, minlength=train.num_classes).tolist(), label_smoothing=config.label_smoothing
+        ),
         artifacts={PREPROCESSING: json.dumps(preprocessing(train), indent=1) + "\n"},
         initialize=init_from(config.init_from, config.model, fresh=("head.", "pooling.")),
     )
@@ -151,15 +154,24 @@ def sources(data: VisionDataConfig, seed: int) -> tuple[ImageSource, ImageSource
     else:
         held_out = read_split(data, data.test_split, like=train)
     if data.train_samples is not None:
-        if data.train_samples > len(train):
-            raise ConfigError(
-                f"data.train_samples is {data.train_samples}, but there are {len(train)} training images; "
-                "give fewer, or null for all"
-            )
-        _, chosen = stratified_split(train.labels, data.train_samples / len(train), seed=seed)
-        train = train.take(chosen)
+        train = few(train, data.train_samples, seed=seed)
     side = min(train.image_shape[1:])
     return replace(train, transforms=transforms(data.augment, side, shift_pixels=data.shift_pixels)), held_out
+
+
+def few(source: ImageSource, count: int, *, seed: int) -> ImageSource:
+    """So many of the images, with equal shares of each class; mean and deviation stay those of all.
+
+    Raises:
+        ConfigError: There are not so many.
+    """
+    if count > len(source):
+        raise ConfigError(
+            f"data.train_samples is {count}, but there are {len(source)} training images; give fewer, or null for all"
+        )
+    if count == len(source):
+        return source
+    return source.take(stratified_split(source.labels, count / len(source), seed=seed)[1])
 
 
 def read_split(data: VisionDataConfig, split: str, like: Any = None) -> ImageSource:
