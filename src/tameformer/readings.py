@@ -38,6 +38,10 @@ class Readings:
         self._event = torch.Event(vector.device)
         self._event.record()
 
+    def are_here(self) -> bool:
+        """Whether `values` would not wait: the device is done with what was asked of it before."""
+        return self._event is None or self._event.query()
+
     def values(self) -> dict[str, float]:
         """The numbers; waits for the copy if it is still running."""
         if self._event is not None:

@@ -7,7 +7,7 @@ a verdict of one batch says "look", and the course over a run says whether it ma
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tameformer.limits import LOGITS_DIVERGED, RANK_COLLAPSED
 
@@ -38,6 +38,14 @@ class Verdict:
 
     def __str__(self) -> str:
         return f"{self.text} {self.advice}"
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """All but the words, for an event of the run folder."""
+        return {
+            "level": self.level, "quantity": self.quantity, "places": [[layer, list(heads)] for layer, heads in self.places],
+            "value": self.value, "since": self.since, "confidence": self.confidence,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,22 @@
 import json
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from tameformer.data import FirstBatches, Plan, Source, stream
+from tameformer.data import FirstBatches, Plan, SampleKeys, Source, stream
 from tameformer.errors import ConfigError
 from tameformer.health import Policy
 from tameformer.models import Architecture
 from tameformer.nn.attention import set_compute_dtype
-from tameformer.optim import optimizers, schedule
+from tameformer.optim import optimizers, schedule, warmup_steps
 from tameformer.recipes.config import RecipeConfig
 from tameformer.recipes.stabilize import PROFILE, apply_methods
 from tameformer.record import CHECKPOINTS
@@ -60,6 +62,7 @@ def assemble(
     artifacts: Mapping[str, str] | None = None,
     mask: Callable[[Batch], Masks] = real_tokens,
     initialize: Callable[[nn.Module], object] | None = None,
+    trivial_loss: float | None = None,
 ) -> Run:
     """A run from a task's parts.
 
@@ -79,14 +82,17 @@ def assemble(
         mask: From a batch to True at real tokens, by side, for methods that profile the model.
         initialize: Gives a fresh model other weights, such as those of another run (`init_from`), before any method; left out
             once the run folder holds a checkpoint, which has them.
+        trivial_loss: That of predicting frequencies only (`tameformer.health.prior_loss`), against which a stall is told.
 
     Raises:
         ConfigError: A schedule that does not fit the run, such as a warm-up that is longer; settings of a method that do not
             fit the model.
         PatchError: A method that does not fit the model.
     """
+    warnings = config.detectors
     if config.overfit_batches is not None:
         plan = FirstBatches(plan, config.overfit_batches)
+        warnings = replace(warnings, over_fitting=None)  # it is what was asked for
     max_steps = num_steps(config, plan)
     try:
         rates = schedule(config.optim, total_steps=max_steps)
@@ -129,12 +135,23 @@ def assemble(
         test=test,
         artifacts={**(artifacts or {}), **texts},
         guard=Policy(config.guard),
+        detectors=warnings.build(
+            trivial_loss=trivial_loss,
+            stalled_after=warmup_steps(config.optim, total_steps=max_steps) + max(100, max_steps // 10),
+        ),
         watch=config.probes.watch(model, updated_by, logging_steps=config.loop.logging_steps, last_step=max_steps),
         set_attention_dtype=partial(set_compute_dtype, model),
         seed=config.seed,
         loop=config.loop,
         checkpoint=config.checkpoint,
     )
+
+
+def frequencies(source: Source, num_classes: int, *, most: int = 256) -> np.ndarray:
+    """How often each token is a target, in samples from all over the source; the loss of who knows only that is trivial."""
+    indices = np.linspace(0, len(source) - 1, min(len(source), most)).astype(np.int64)  # pyright: ignore[reportArgumentType]
+    targets = source.fetch(SampleKeys(0, 0, indices))["targets"].flatten()
+    return np.bincount(targets[targets >= 0].numpy(), minlength=num_classes)
 
 
 def _first_step(model: nn.Module, batches: Callable[..., Any]) -> list[Batch]:

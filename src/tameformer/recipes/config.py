@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from tameformer.health import GuardConfig
+from tameformer.health import DetectorsConfig, GuardConfig
 from tameformer.optim import OptimConfig
 from tameformer.probes import PROBES, Watch
 from tameformer.recipes.stabilize import Settings, methods_of
@@ -85,6 +85,8 @@ class RecipeConfig:
     """Methods that `tame methods` lists, applied in this order before training: names, or {name: {setting: value}}."""
     guard: GuardConfig = field(default_factory=GuardConfig)
     """What happens to steps that must not be taken."""
+    detectors: DetectorsConfig = field(default_factory=DetectorsConfig)
+    """What is warned of."""
     probes: ProbesConfig = field(default_factory=ProbesConfig)
     """Measurements inside the model."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -27,6 +27,7 @@ _HARMLESS = (
     "probes.",
     "loop.logging_steps",
     "loop.eval_steps",
+    "detectors.",
     "checkpoint.",
     "data.num_workers",
 )

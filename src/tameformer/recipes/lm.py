@@ -14,9 +14,10 @@ from tameformer.data.documents import read_documents
 from tameformer.data.packing import PackedDocuments, pack_texts
 from tameformer.data.tokenizers import BPETokenizer, train_bpe
 from tameformer.errors import ConfigError
+from tameformer.health import prior_loss
 from tameformer.models import Architecture, DecoderConfig
 from tameformer.nn.masks import document_mask
-from tameformer.recipes.assemble import assemble, require_path
+from tameformer.recipes.assemble import assemble, frequencies, require_path
 from tameformer.recipes.config import RecipeConfig
 from tameformer.training import Engine, Run, mean_metrics
 from tameformer.training.step import Batch
@@ -80,6 +81,7 @@ def build(config: Config, folder: Path) -> Run:
         loss=packed_loss,
         unit="tokens",
         evaluate=partial(evaluate, source=held_out, batch_size=config.data.eval_batch_size),
+        trivial_loss=prior_loss(frequencies(train, tokenizer.vocab_size).tolist()),
         num_workers=config.data.num_workers,
         artifacts={TOKENIZER: tokenizer.to_json()},
         mask=lambda batch: {"encoder": batch["documents"] >= 0},

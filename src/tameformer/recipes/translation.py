@@ -15,9 +15,10 @@ from tameformer.data import SampleKeys, single_pass
 from tameformer.data.buckets import LengthSortedBatches, TokenBuckets
 from tameformer.data.pairs import PairSource, read_pairs, read_pairs_tsv, tokenized_pairs
 from tameformer.data.tokenizers import BPETokenizer, train_bpe
+from tameformer.health import prior_loss
 from tameformer.models import Architecture, EncoderDecoder, EncoderDecoderConfig
 from tameformer.models.generate import beam_search, translation_steps
-from tameformer.recipes.assemble import assemble, require_path
+from tameformer.recipes.assemble import assemble, frequencies, require_path
 from tameformer.recipes.bleu import bleu_scores, bleu_signatures
 from tameformer.recipes.config import RecipeConfig
 from tameformer.training import Engine, Run, mean_metrics
@@ -130,6 +131,9 @@ def build(config: Config, folder: Path) -> Run:
         unit="tokens",
         evaluate=evaluate,
         test=partial(translated, pairs=to_test),
+        trivial_loss=prior_loss(
+            frequencies(train, tokenizer.vocab_size).tolist(), label_smoothing=config.label_smoothing
+        ),
         num_workers=data.num_workers,
         artifacts={
             TOKENIZER: tokenizer.to_json(),

@@ -1,7 +1,7 @@
 """The training loop. It builds nothing: it is handed finished objects, and tells listeners what happens."""
 
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,6 +57,8 @@ class _Line:
     readings: Readings
     rate: float
     seconds: float
+    waited: float
+    """Of these, those without anything to do because the data were not there."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Loop:
         self._pending: _Pending | None = None
         self._answer: Answer | None = None
         self._details: dict[str, Any] = {}
-        self._last_line = time.perf_counter()
+        self._last_line, self._waited = time.perf_counter(), 0.0
 
     def train(self) -> Outcome:
         """Run from the present step to the end, an early stop, or a signal.
@@ -169,7 +171,18 @@ class Loop:
             stop = run.max_steps + self.passed_over
             stream = run.batches(start=self.position, stop=stop, rank=engine.rank, world_size=engine.world_size)
             with closing(cast(Any, stream)):
-                yield from stream
+                yield from self._timed(stream)
+
+    def _timed(self, stream: Iterator[Sequence[Batch]]) -> Iterator[Sequence[Batch]]:
+        """The same; the wait for a batch counts unless an accelerator is still at work on the last one."""
+        while True:
+            started = time.perf_counter()
+            micro_batches = next(stream, None)
+            if micro_batches is None:
+                return
+            if self._pending is None or self._pending.readings.are_here():
+                self._waited += time.perf_counter() - started
+            yield micro_batches
 
     def _run_step(self, micro_batches: Sequence[Batch], watch: Watch | None) -> StepResult:
         self.engine.seed(_mix(self.run.seed, self.position, self.engine.rank))
@@ -287,7 +300,7 @@ class Loop:
             f"since, and goes on with {self.run.guard.rate_factor:g} times the learning rate."
         )
         self.listener.on_event(step, answer.kind, message, {**self._details, "to_step": self.step})
-        self._last_line = time.perf_counter()
+        self._last_line, self._waited = time.perf_counter(), 0.0
 
     def _every(self, steps: int | None, step: int) -> bool:
         return steps is not None and (step % steps == 0 or step == self.run.max_steps)
@@ -301,9 +314,9 @@ class Loop:
         """Start moving what was measured to the host. A processor has it at once, an accelerator by the next step."""
         interval, self.interval = (self.interval, Interval()) if logged else (None, self.interval)
         now = time.perf_counter()
-        seconds = now - self._last_line
+        seconds, waited = now - self._last_line, self._waited
         if logged:
-            self._last_line = now
+            self._last_line, self._waited = now, 0.0
         rate = max(group["lr"] for optimizer in self.run.optimizers for group in optimizer.param_groups)
         self._lines.append(_Line(self.step, self._epoch(), interval, Readings(measured), rate, seconds))
         if self.engine.device.type == "cpu":
@@ -314,12 +327,16 @@ class Loop:
         while self._lines:
             line = self._lines.pop(0)
             measured = line.readings.values()
-            if line.interval is not None:
-                self._write_line(line, line.interval, measured)
+            logged = {} if line.interval is None else self._write_line(line, line.interval, measured)
             if measured:
                 self.listener.on_probe(line.step, measured)
 
-    def _write_line(self, line: _Line, interval: Interval, measured: Mapping[str, float]) -> None:
+    def _judge(self, step: int, values: Mapping[str, float]) -> None:
+        """Tell what the detectors make of a step's measurements."""
+        for verdict in self.run.detectors.observe(step, values) if self.run.detectors is not None else ():
+            self.listener.on_event(step, "verdict", str(verdict), verdict.details)
+
+    def _write_line(self, line: _Line, interval: Interval, measured: Mapping[str, float]) -> dict[str, float]:
         run = self.run
         values = {"epoch": line.epoch, **interval.line(max_grad_norm=run.max_grad_norm), "train/lr": line.rate}
         if run.watch is not None:
@@ -334,6 +351,7 @@ class Loop:
         """Measure, tell, and return whether it is the best so far."""
         self._write_lines()
         if self.run.evaluate is None:
+            self._judge(line.step, {"train/lr": line.rate, **logged, **measured})
             return False
         values = self._measure(self.run.evaluate, "eval")
         return self.selection.update(self.step, values)
@@ -343,8 +361,10 @@ class Loop:
         model = self.run.model if self.average is None else cast(nn.Module, self.average.module)
         with evaluating(model), self.engine.autocast():
             values = {f"{prefix}/{key}": value for key, value in evaluation(self.engine, model).items()}
+            values["perf/data_wait"] = line.waited / line.seconds
         self._last_line += time.perf_counter() - started  # throughput is that of training
         self.metrics |= values
+        return values
         self.listener.on_evaluate(self.step, {"epoch": self._epoch(), **values})
         return values
 
@@ -362,6 +382,7 @@ class Loop:
             scheduled: False for one that a signal asked for: a rollback passes it over.
         """
         started = time.perf_counter()
+        self._judge(self.step, values)
         self._write_lines()
         before = self.anchors
         if scheduled:
@@ -437,6 +458,7 @@ class Loop:
         load_optimizer_tensors(self.run.optimizers, self.run.model, snapshot.optimizer)
         if self.average is not None:
             load_model_tensors(self.average, snapshot.average)
+                "detectors": {} if self.run.detectors is None else self.run.detectors.state(),
         self.step, self.status = snapshot.state["step"], snapshot.state["status"]
         if self.status == "finished" and self.step < self.run.max_steps:
             self.status = "running"  # the run was made longer
@@ -467,3 +489,5 @@ def _mix(*numbers: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
         state ^= state >> 31
     return state
+        if self.run.detectors is not None:
+            self.run.detectors.load(snapshot.state.get("detectors", {}))

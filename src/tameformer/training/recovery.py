@@ -81,6 +81,33 @@ class Guard(Protocol):
         ...
 
 
+@runtime_checkable
+class Finding(Protocol):
+    """What begins to go wrong; `str` says it in words."""
+
+    @property
+    def details(self) -> Mapping[str, Any]:
+        """The same in values."""
+        ...
+
+
+@runtime_checkable
+class Detectors(Protocol):
+    """Say what begins to go wrong: a function of the measurements so far."""
+
+    def observe(self, step: int, values: Mapping[str, float]) -> Sequence[Finding]:
+        """What begins with these measurements."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers for a checkpoint."""
+        ...
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state`."""
+        ...
+
+
 def anchors_to_keep(anchors: Sequence[int], *, keep_last: int, horizon: int) -> list[int]:
     """Of the checkpoints that the schedule made, oldest first: the newest, and the one that a rollback would take.
 

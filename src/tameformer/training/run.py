@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from tameformer.training.checkpoint import CheckpointConfig
 from tameformer.training.engine import Engine
-from tameformer.training.recovery import Guard
+from tameformer.training.recovery import Detectors, Guard
 from tameformer.training.step import Batch, Loss
 
 Evaluation = Callable[[Engine, nn.Module], dict[str, float]]
@@ -119,6 +119,8 @@ class Run:
     """What is measured inside the model, and in which steps."""
     set_attention_dtype: Callable[[torch.dtype | None], object] = lambda dtype: None
     """Sets the precision inside attention where the model can."""
+    detectors: Detectors | None = None
+    """What is told of the measurements; they change nothing."""
     artifacts: Mapping[str, str] = field(default_factory=dict)
     """Text files by name that belong into the run folder, such as a tokenizer."""
     seed: int = 0
