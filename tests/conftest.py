@@ -31,3 +31,11 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the development data is not beside the checkout (folder shared/data)")
     return SHARED_DATA
+
+
+@pytest.fixture
+def unreported(monkeypatch):
+    """Runs in this process end without their page: drawing it takes longer than a tiny run, and it has tests of its own."""
+    from tameformer.recipes import launch
+
+    monkeypatch.setattr(launch.report, "write_report", lambda folder: None)

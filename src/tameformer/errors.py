@@ -29,6 +29,10 @@ class DivergedError(TameError):
     """A training run that could not be brought back: steps were skipped and checkpoints gone back to as often as allowed."""
 
 
+class OutOfMemoryError(TameError):
+    """Memory that runs out whatever the size of the micro-batches."""
+
+
 class NonFiniteError(TameError):
     """A value that is NaN or infinite where the computation cannot go on without a finite one."""
 

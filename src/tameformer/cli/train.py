@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -21,8 +22,9 @@ options of every recipe:
   --dry_run                 build everything, run one step and one evaluation, keep nothing
   --resume auto|never|PATH  continue the run folder where it stands (or start it); never is the default;
                             PATH is a run folder or one of its checkpoints
-  --inject FAULT,FAULT,...  rehearse: nan@120, inf-grad@50, spike@200x1000, bad-batch@300, kill@400, term@500; numbers are
-                            batches, nan@120-128 is a range, kill@save and kill@eval the first of those
+  --inject FAULT,FAULT,...  rehearse: nan@120, inf-grad@50, spike@200x1000, bad-batch@300, kill@400, term@500, hang@600,
+                            oom@700; numbers are batches, nan@120-128 is a range, kill@save and kill@eval the first of
+                            those; enospc@save, eio@save, corrupt@latest are about checkpoints
   --overfit_batches N       train on the first N batches only, over and over
   --output_dir DIR          the run folder
   --max_steps N, --seed N, --data_seed N, --checkpoint.every N, --data.path PATH, ...
@@ -81,11 +83,12 @@ def _train(recipe, resume: str, inject: str) -> int:
 
     from tameformer.cli.progress import Progress
     from tameformer.recipes.launch import launch
+    from tameformer.training.watchdog import EXIT_CODE
 
     console = Console(stderr=True)
     _log_to(console)
     progress = Progress(console)
-    result = launch(recipe, resume=resume, listeners=[progress], inject=inject)
+    result = launch(recipe, resume=resume, listeners=[progress], inject=inject, on_hang=partial(os._exit, EXIT_CODE))
     if int(os.environ.get("RANK", "0")) == 0:
         progress.conclude(result.folder, result.metrics, finished=result.finished)
     if torch.distributed.is_initialized():

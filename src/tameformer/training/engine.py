@@ -28,6 +28,8 @@ class Engine:
         self.rank: int = self._accelerator.process_index
         self.world_size: int = self._accelerator.num_processes
         self.autocast_dtype = autocast_dtype
+        self.batches_placed = 0
+        """Batches that came to the device so far: whoever wants to know whether the run goes on looks here."""
 
     @property
     def is_main(self) -> bool:
@@ -60,6 +62,7 @@ class Engine:
 
     def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch on this process's device; copies do not wait when the source is pinned."""
+        self.batches_placed += 1
         return {
             key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for key, value in batch.items()

@@ -5,15 +5,22 @@
     spike@200x1000      loss and gradient are a thousand times as large
     bad-batch@300       its images are NaN, or its targets belong to other inputs
     kill@400, term@500  SIGKILL, SIGTERM to the process itself; also kill@save, kill@eval: in the first one
+    hang@400            the step never returns; also hang@save, hang@eval
+    oom@400             the device has no memory for the batch
+    enospc@save         the disk is full when the first checkpoint is written; eio@save: it cannot be written to
+    corrupt@latest      a byte of the newest checkpoint is changed, before a resume looks for one
     nan@120-128         from batch 120 to batch 128; nan@120:rank1 strikes on that process only
 
-Numbers count batches of the data, from 1: a run that went back does not meet the same fault again. Signals strike once in the
-life of a run folder, all others whenever their batch is met, so that a run resumed from before one repeats it.
+Numbers count batches of the data, from 1: a run that went back does not meet the same fault again. Signals, `hang` and
+`corrupt` strike once in the life of a run folder, all others whenever their batch is met, so that a run resumed from before
+one repeats it.
 """
 
+import errno
 import os
 import re
 import signal
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -24,12 +31,15 @@ import torch
 from torch import Tensor, nn
 
 from tameformer.errors import ConfigError
+from tameformer.training.checkpoint import MODEL, CheckpointFolder
 from tameformer.training.engine import Engine
 from tameformer.training.run import Run
 from tameformer.training.step import Batch
 
 Tell = Callable[[int, str, str, Mapping[str, Any]], object]
 _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM}
+_DISK_ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO}
+_ONCE = {*_SIGNALS, "hang", "corrupt"}
 _PLACES: Mapping[str, tuple[str, ...]] = {
     "nan": ("step", "eval"),
     "inf-grad": ("step",),
@@ -37,6 +47,11 @@ _PLACES: Mapping[str, tuple[str, ...]] = {
     "bad-batch": ("step",),
     "kill": ("step", "eval", "save"),
     "term": ("step", "eval", "save"),
+    "hang": ("step", "eval", "save"),
+    "oom": ("step",),
+    "enospc": ("save",),
+    "eio": ("save",),
+    "corrupt": ("latest",),
 }
 _FORM = re.compile(
     r"(?P<kind>[a-z-]+)@(?:(?P<first>\d+)(?:-(?P<last>\d+))?|(?P<place>[a-z]+))(?:x(?P<factor>[0-9.e+]+))?(?::rank(?P<rank>\d+))?"
@@ -50,7 +65,7 @@ class Fault:
     text: str
     """As it was written."""
     kind: str
-    place: Literal["step", "eval", "save"] = "step"
+    place: Literal["step", "eval", "save", "latest"] = "step"
     first: int = 0
     """Batch that it strikes at, from 1 ..."""
     last: int = 0
@@ -83,8 +98,8 @@ def _parse_one(text: str) -> Fault:
         )
     kind, place = found["kind"], found["place"] or "step"
     if place not in _PLACES[kind] or (found["place"] == "step"):
-        where = " or ".join(["the number of a batch", *(place for place in _PLACES[kind] if place != "step")])
-        raise ConfigError(f"--inject {text}: {kind} strikes at {where}, got {found['place']}")
+        where = " or ".join("the number of a batch" if place == "step" else place for place in _PLACES[kind])
+        raise ConfigError(f"--inject {text}: {kind} strikes at {where}, got {found['place'] or found['first']}")
     if found["factor"] and kind != "spike":
         raise ConfigError(f"--inject {text}: only a spike has a factor, remove x{found['factor']}")
     first = int(found["first"] or 0)
@@ -106,12 +121,12 @@ class Faults:
         faults: What shall go wrong.
         rank: This process.
         tell: Told of each fault just before it strikes: step, kind, message, details.
-        spent: Texts of signals that have struck before in this run folder.
+        spent: Texts of faults that have struck before in this run folder.
     """
 
     def __init__(self, faults: Sequence[Fault], *, rank: int, tell: Tell, spent: Sequence[str] = ()) -> None:
-        self._faults = [fault for fault in faults if not (fault.kind in _SIGNALS and fault.text in spent)]
-        self._rank, self._tell = rank, tell
+        self._faults = [fault for fault in faults if not (fault.kind in _ONCE and fault.text in spent)]
+        self._rank, self.tell = rank, tell
         self._batch = 0
         self._due: list[Fault] = []
 
@@ -128,7 +143,11 @@ class Faults:
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             due, self._due = self._due, []  # in the first micro-batch only
-            return _spoilt(run.loss(model, batch), model, due)
+            value = run.loss(model, batch)
+            if any(fault.kind == "oom" for fault in due):
+                self._due = [fault for fault in due if fault.kind != "oom"]  # the batch comes again
+                torch.empty(2**62, dtype=torch.uint8, device=value.device)  # what the allocator says is no fiction
+            return _spoilt(value, model, due)
 
         def evaluated(engine: Engine, model: nn.Module) -> dict[str, float]:
             assert evaluate is not None
@@ -139,8 +158,33 @@ class Faults:
         return replace(run, batches=batches, loss=loss, evaluate=None if evaluate is None else evaluated)
 
     def at_save(self, folder: Path) -> None:
-        """To be called when the files of a checkpoint are written and it is not yet published."""
-        self._at_place("save")
+        """To be called when the files of a checkpoint are written and it is not yet published.
+
+        Raises:
+            OSError: The disk fails.
+        """
+        for fault in self._met("save"):
+            if self._strike(fault) and fault.kind in _DISK_ERRORS:
+                number = _DISK_ERRORS[fault.kind]
+                raise OSError(number, os.strerror(number), folder.name)
+
+    def at_resume(self, run_folder: Path) -> None:
+        """To be called before the newest checkpoint is looked for.
+
+        Raises:
+            ConfigError: There is no checkpoint to damage.
+        """
+        checkpoints = CheckpointFolder(run_folder)
+        for fault in self._met("latest"):
+            if not checkpoints.steps():
+                raise ConfigError(
+                    f"--inject {fault.text}: {run_folder} holds no checkpoint yet; train first, then --resume"
+                )
+            newest = checkpoints.path(checkpoints.steps()[-1])
+            flip_a_byte(newest / MODEL)
+            self.tell(
+                checkpoints.steps()[-1], "injected", f"injected {fault.text}: {newest.name}", {"fault": fault.text}
+            )
 
     def _at_batch(self, micro_batches: Sequence[Batch]) -> Sequence[Batch]:
         met = [fault for fault in self._faults if fault.place == "step" and fault.first <= self._batch <= fault.last]
@@ -151,19 +195,34 @@ class Faults:
 
     def _at_place(self, place: str) -> bool:
         """Strike what is waiting for a place; whether the numbers that come of it are to be spoilt."""
+        return any([self._strike(fault) and fault.kind == "nan" for fault in self._met(place)])
+
+    def _met(self, place: str) -> list[Fault]:
+        """The faults of a place, which meet it once."""
         met = [fault for fault in self._faults if fault.place == place]
         self._faults = [fault for fault in self._faults if fault.place != place]
-        return any([self._strike(fault) and fault.kind == "nan" for fault in met])
+        return met
 
     def _strike(self, fault: Fault) -> bool:
         """Tell, send the signal if it is one, and say whether this process is meant."""
         at = f"batch {self._batch}" if fault.place == "step" else f"{fault.place} after batch {self._batch}"
-        self._tell(self._batch, "injected", f"injected {fault.text}, at {at}", {"fault": fault.text})
+        self.tell(self._batch, "injected", f"injected {fault.text}, at {at}", {"fault": fault.text})
         if fault.rank not in (None, self._rank):
             return False
         if fault.kind in _SIGNALS:
             os.kill(os.getpid(), _SIGNALS[fault.kind])
+        while fault.kind == "hang":
+            time.sleep(3600)
         return True
+
+
+def flip_a_byte(file: Path) -> None:
+    """Change the last byte of a file in place, as a bad disk might."""
+    with open(file, "r+b") as opened:
+        opened.seek(-1, os.SEEK_END)
+        last = opened.read(1)[0]
+        opened.seek(-1, os.SEEK_END)
+        opened.write(bytes([last ^ 1]))
 
 
 def _spoilt(loss: Tensor, model: nn.Module, due: Sequence[Fault]) -> Tensor:

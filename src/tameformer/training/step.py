@@ -3,23 +3,27 @@
 The decision falls before the update, from loss and gradient norm over all processes: what is not finite, or beyond the
 limits, changes neither weights nor moments nor the count that Adam corrects its bias by. Nothing is multiplied by 0 for it:
 0 times NaN is NaN.
+
+A step that runs out of memory changes nothing either, on any process; the caller repeats it in smaller parts.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from tameformer.errors import OutOfMemoryError
 from tameformer.optim import clip_norm
 from tameformer.optim.clipping import Norms
 from tameformer.training.engine import Engine
+from tameformer.training.memory import Batch, in_parts, is_out_of_memory, num_rows
 
-Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch], Tensor]
 """The loss of a batch, summed (not averaged) over its `num_items` targets."""
 
@@ -63,7 +67,8 @@ def train_step(
     tell_norms: Norms | None = None,
     limits: Limits = any_finite,
     stop_requested: bool = False,
-) -> StepResult:
+    parts: int = 1,
+) -> StepResult | None:
     """Update the weights once, or not at all.
 
     Every target of the step has the same weight, however the targets are spread over micro-batches and processes: losses
@@ -80,30 +85,109 @@ def train_step(
         tell_norms: Given the norms of single gradients that clipping computes anyway.
         limits: What the step is refused beyond. All processes must answer alike.
         stop_requested: This process's wish to stop; the answer is common to all processes.
+        parts: Pieces that each micro-batch is cut into, to save memory.
+
+    Returns:
+        What was measured; None when memory ran out on some process. Then nothing has changed, and more parts need less.
+
+    Raises:
+        OutOfMemoryError: Memory ran out where fewer samples at a time do not help.
     """
     num_items, stops = engine.sum([sum(batch["num_items"] for batch in micro_batches), stop_requested])
     # DDP averages gradients over processes; the factor world_size turns its mean into the sum that is meant.
     scale = torch.full((), engine.world_size / num_items, device=engine.device)
-    losses: list[Tensor] = []
-    for number, batch in enumerate(micro_batches, start=1):
-        with engine.accumulate(model, last=number == len(micro_batches)):
-            with engine.autocast():
-                batch_loss = loss(model, engine.place(batch))
-            batch_loss.backward(scale)
-        losses.append(batch_loss.detach())
+    backward = _Backward(
+        engine, model, loss, [part for batch in micro_batches for part in in_parts(batch, parts)], scale
+    )
+    try:
+        loss_sum = backward.run()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if parts >= max(num_rows(batch) for batch in micro_batches):
+            raise OutOfMemoryError(
+                f"memory runs out with one sample at a time: {error}; try a smaller model"
+            ) from error
+        if backward.is_exchanging:
+            raise OutOfMemoryError(
+                f"memory ran out while gradients were exchanged between processes, which cannot be repeated: {error}; "
+                f"resume with twice the gradient_accumulation_steps"
+            ) from error
+        loss_sum = None
+    if loss_sum is None:  # outside of the handler, whose error holds on to all activations
+        _zero_grad(optimizers)
+        gc.collect()
+        if engine.device.type != "cpu":
+            torch.accelerator.empty_cache()
+        if engine.world_size == 1:
+            return None
+        backward.join()
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     own_norm = clip_norm(parameters, max_grad_norm, tell_norms=tell_norms)
-    loss_sum = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-    # One exchange for both; the mean of the norms is the same number on all processes, whatever their hardware rounds to.
-    sums = engine.sum_tensor(torch.stack([loss_sum, own_norm.to(loss_sum)]))
+    # One exchange for all; the mean of the norms is the same number on all processes, whatever their hardware rounds to.
+    failed = loss_sum is None
+    loss_sum = own_norm.new_zeros(()) if loss_sum is None else loss_sum
+    told = [loss_sum, own_norm.to(loss_sum)]
+    if engine.world_size > 1:
+        told.append(torch.full_like(loss_sum, float(failed)))
+    sums = engine.sum_tensor(torch.stack(told))
+    if engine.world_size > 1 and bool(sums[2]):
+        _zero_grad(optimizers)
+        return None
     loss_sum, grad_norm = sums[0], sums[1] / engine.world_size
     taken = update(optimizers, loss_sum, grad_norm, num_items=num_items, limits=limits())
     suspects = [] if taken is not False or bool(grad_norm.isfinite()) else [p for p in parameters if _is_broken(p)]
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
+    _zero_grad(optimizers)
     if not isinstance(taken, Tensor):
         taken = torch.tensor(float(taken), dtype=loss_sum.dtype)
     return StepResult(loss_sum, num_items, grad_norm, taken, bool(stops), suspects)
+
+
+class _Backward:
+    """The forward and backward passes of a step on this process.
+
+    Args:
+        engine: Device and processes.
+        model: As `engine.prepare` returned it.
+        loss: Sum over the targets of a batch.
+        batches: One after the other.
+        scale: Factor on the gradient.
+    """
+
+    def __init__(self, engine: Engine, model: nn.Module, loss: Loss, batches: Sequence[Batch], scale: Tensor) -> None:
+        self._engine, self._model, self._loss, self._batches, self._scale = engine, model, loss, batches, scale
+        self._began = False
+        self.is_exchanging = False
+        """Whether the backward pass runs in which processes exchange gradients."""
+
+    def run(self) -> Tensor:
+        """Gradients are summed up; returns the sum of the losses."""
+        losses: list[Tensor] = []
+        for number, batch in enumerate(self._batches, start=1):
+            is_last = number == len(self._batches)
+            with self._engine.accumulate(self._model, last=is_last):
+                placed = self._engine.place(batch)
+                self._began = True
+                with self._engine.autocast():
+                    batch_loss = self._loss(self._model, placed)
+                self.is_exchanging = is_last and self._engine.world_size > 1
+                batch_loss.backward(self._scale)
+            losses.append(batch_loss.detach())
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def join(self) -> None:
+        """Take part in the exchange that the other processes wait in, with one sample whose gradient nobody will use."""
+        if self._began and hasattr(self._model, "require_forward_param_sync"):
+            cast(Any, self._model).require_forward_param_sync = False  # DDP: buffers have been exchanged in this step
+        one = in_parts(self._batches[-1], num_rows(self._batches[-1]))[0]
+        with self._engine.autocast():
+            joining = self._loss(self._model, self._engine.place(one))
+        joining.backward()
+
+
+def _zero_grad(optimizers: Sequence[Optimizer]) -> None:
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
 
 
 def update(
