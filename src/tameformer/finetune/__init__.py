@@ -1,6 +1,7 @@
 """Fine-tuning on little data: what learns, how fast, from where, and how far it may go."""
 
 from tameformer.finetune.freeze import GradualUnfreezing, freeze, one_by_one
+from tameformer.finetune.heads import check_fit
 from tameformer.finetune.layer_decay import LayerGroups, layer_decay_groups
 from tameformer.finetune.mixout import Mixout, mixout, per_neuron, per_weight
 from tameformer.finetune.places import Place, places
@@ -12,6 +13,7 @@ __all__ = [
     "LayerGroups",
     "Mixout",
     "Place",
+    "check_fit",
     "freeze",
     "layer_decay_groups",
     "mixout",

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from tameformer.errors import PatchError
 from tameformer.finetune.places import PlaceOf, num_layers, places
-from tameformer.models import Decoder, Encoder, EncoderDecoder, VisionClassifier
+from tameformer.models import Decoder, Encoder, EncoderDecoder, MaskedLanguageModel, TextClassifier, VisionClassifier
 from tameformer.models.initialize import gpt2_init, vit_init, xavier_init
 from tameformer.nn.pooling import AttentionPooling
 
@@ -111,6 +111,8 @@ _INITIALIZERS: dict[type[nn.Module], Callable[[nn.Module], None]] = {
     Decoder: gpt2_init,
     Encoder: gpt2_init,
     EncoderDecoder: xavier_init,
+    MaskedLanguageModel: gpt2_init,
+    TextClassifier: gpt2_init,
     VisionClassifier: vit_init,
 }
 _OURS = tuple(_INITIALIZERS)

@@ -8,6 +8,13 @@ from tameformer.models.encoder_decoder import EncoderDecoder, EncoderDecoderConf
 from tameformer.models.generate import beam_search, decoder_steps, greedy, sample, translation_steps
 from tameformer.models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderConfig, masked_autoencoder
 from tameformer.models.recurrent import RecurrentConfig, RecurrentDecoderConfig, recurrent_decoder
+from tameformer.models.text import (
+    MaskedLanguageModel,
+    TextClassifier,
+    TextClassifierConfig,
+    masked_language_model,
+    text_classifier,
+)
 from tameformer.models.vision import VisionClassifier, VisionConfig, vision_classifier
 
 __all__ = [
@@ -22,8 +29,11 @@ __all__ = [
     "EncoderDecoderConfig",
     "MaskedAutoencoder",
     "MaskedAutoencoderConfig",
+    "MaskedLanguageModel",
     "RecurrentConfig",
     "RecurrentDecoderConfig",
+    "TextClassifier",
+    "TextClassifierConfig",
     "VisionClassifier",
     "VisionConfig",
     "beam_search",
@@ -34,8 +44,10 @@ __all__ = [
     "encoder_decoder",
     "greedy",
     "masked_autoencoder",
+    "masked_language_model",
     "recurrent_decoder",
     "sample",
+    "text_classifier",
     "translation_steps",
     "vision_classifier",
 ]

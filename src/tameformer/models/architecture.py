@@ -15,6 +15,7 @@ from tameformer.models.encoder import EncoderConfig, encoder
 from tameformer.models.encoder_decoder import EncoderDecoderConfig, encoder_decoder
 from tameformer.models.masked_autoencoder import MaskedAutoencoderConfig, masked_autoencoder
 from tameformer.models.recurrent import RecurrentDecoderConfig, recurrent_decoder
+from tameformer.models.text import TextClassifierConfig, masked_language_model, text_classifier
 from tameformer.models.vision import VisionConfig, vision_classifier
 
 BUILDERS: dict[str, tuple[Callable[..., nn.Module], type]] = {
@@ -24,6 +25,8 @@ BUILDERS: dict[str, tuple[Callable[..., nn.Module], type]] = {
     "encoder_decoder": (encoder_decoder, EncoderDecoderConfig),
     "recurrent_decoder": (recurrent_decoder, RecurrentDecoderConfig),
     "masked_autoencoder": (masked_autoencoder, MaskedAutoencoderConfig),
+    "masked_language_model": (masked_language_model, EncoderConfig),
+    "text_classifier": (text_classifier, TextClassifierConfig),
     "vision_classifier": (vision_classifier, VisionConfig),
 }
 """The builders by their names in files: nothing else is called because a file says so."""

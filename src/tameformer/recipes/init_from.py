@@ -17,7 +17,7 @@ from tameformer.recipes.export import plain_model
 from tameformer.training.checkpoint import model_tensors
 
 logger = logging.getLogger(__name__)
-_MAY_DIFFER = {"dropout", "attention_dropout", "drop_path", "pooling", "tie_embeddings"}
+_MAY_DIFFER = {"dropout", "attention_dropout", "drop_path", "pooling", "tie_embeddings", "head_dropout"}
 
 
 def init_from(path: str | None, config: Any, *, fresh: Sequence[str]) -> Callable[[nn.Module], list[str]] | None:

@@ -1,0 +1,43 @@
+import pytest
+import torch
+
+from tameformer.models import (
+    Architecture,
+    EncoderConfig,
+    TextClassifierConfig,
+    masked_language_model,
+    text_classifier,
+)
+
+SMALL = {"dim": 16, "num_layers": 2, "num_heads": 2, "max_length": 12}
+
+
+def test_masked_logits_are_those_at_the_masked_places():
+    torch.manual_seed(0)
+    model = masked_language_model(EncoderConfig(**SMALL), vocab_size=30).eval()
+    tokens = torch.randint(30, (2, 9))
+    at = torch.rand(2, 9) < 0.4
+    everywhere = model(tokens, at=torch.ones_like(at)).view(2, 9, 30)
+    torch.testing.assert_close(model(tokens, at=at), everywhere[at])
+    assert sum("embedding" in name for name, _ in model.named_parameters()) == 1  # tied
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "attention"])
+def test_padding_changes_nothing(pooling):
+    torch.manual_seed(0)
+    config = TextClassifierConfig(**SMALL, pooling=pooling)
+    model = text_classifier(config, vocab_size=30, num_classes=3).eval()
+    tokens = torch.randint(30, (2, 5))
+    padded = torch.cat([tokens, torch.zeros(2, 4, dtype=torch.long)], 1)
+    real = torch.arange(9)[None].expand(2, -1) < 5
+    torch.testing.assert_close(model(padded, real=real), model(tokens))
+
+
+def test_the_encoder_has_the_same_names_in_both_and_both_are_rebuilt_from_files():
+    given = Architecture("masked_language_model", EncoderConfig(**SMALL), {"vocab_size": 30})
+    taken = Architecture("text_classifier", TextClassifierConfig(**SMALL), {"vocab_size": 30, "num_classes": 2})
+    names = [
+        {name: one.shape for name, one in Architecture.from_plain(each.to_plain()).build().named_parameters()
+         if name.startswith("encoder.")} for each in (given, taken)
+    ]  # fmt: skip
+    assert names[0] == names[1]
