@@ -1,7 +1,7 @@
 """From a recipe to a finished run folder: build, resume, train, report."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ from tameformer.training import checkpoint as checkpoints_on_disk
 from tameformer.training.environment import environment
 from tameformer.training.faults import Faults, parse
 from tameformer.training.listeners import RecordListener, TensorBoardListener
+from tameformer.training.memory import Batch, in_parts, is_out_of_memory, num_rows
 from tameformer.training.precision import PRECISIONS, candidates, fastest
+from tameformer.training.watchdog import Watchdog
 
 # A resume may change these and still be the same run: they do not touch what is learned.
 _HARMLESS = (
@@ -28,11 +30,22 @@ _HARMLESS = (
     "detectors.",
     "loop.logging_steps",
     "loop.eval_steps",
+    "loop.hang_timeout",
     "checkpoint.",
     "data.num_workers",
 )
 # These decide what the weights mean, or which samples a step sees; nothing learned so far would fit.
-_FUNDAMENTAL = ("task", "model.", "data.", "seed", "data_seed", "init_from", "optim.name", "overfit_batches", "stabilize")
+_FUNDAMENTAL = (
+    "task",
+    "model.",
+    "data.",
+    "seed",
+    "data_seed",
+    "init_from",
+    "optim.name",
+    "overfit_batches",
+    "stabilize",
+)
 
 
 @dataclass(frozen=True)
@@ -87,11 +100,26 @@ def train(
     return launch(resolve(recipe, overrides), resume=resume, listeners=listeners, inject=inject)
 
 
-def launch(recipe: Recipe, *, resume: str = "never", listeners: Sequence[Listener] = (), inject: str = "") -> Result:
-    """As `train`, for a configuration that is complete already."""
+def launch(
+    recipe: Recipe,
+    *,
+    resume: str = "never",
+    listeners: Sequence[Listener] = (),
+    inject: str = "",
+    on_hang: Callable[[], object] = lambda: None,
+) -> Result:
+    """As `train`, for a configuration that is complete already; `on_hang` is called when no batch comes any more."""
     planned = parse(inject)
     engine = Engine()
     folder = Path(engine.gather([str(choose_folder(recipe, resume)) if engine.is_main else None])[0])
+    listener = Listeners(*(listeners if engine.is_main else ()))
+    spent = _struck(folder) if planned and resume != "never" else []
+    early: list[tuple[int, str, str, Mapping[str, Any]]] = []  # told before there is a record
+    faults = Faults(planned, rank=engine.rank, tell=lambda *told: early.append(told), spent=spent)
+    if engine.is_main:
+        faults.at_resume(folder)
+    engine.wait()
+    faults.tell = listener.on_event
     checkpoint, skipped = find_checkpoint(folder, resume)
     drift = check_drift(folder, recipe) if checkpoint is not None else []
     if checkpoint is not None and recipe.config.precision == "auto":
@@ -99,9 +127,6 @@ def launch(recipe: Recipe, *, resume: str = "never", listeners: Sequence[Listene
     run: Run = recipe.build(recipe.config, folder)
     recipe, timings = settle_precision(recipe, run, engine)
 
-    listener = Listeners(*(listeners if engine.is_main else ()))
-    spent = _struck(folder) if planned and resume != "never" else []
-    faults = Faults(planned, rank=engine.rank, tell=listener.on_event, spent=spent)
     keep_last = recipe.config.checkpoint.keep_last
     checkpoints = CheckpointFolder(folder, keep_last=keep_last, before_publish=faults.at_save)
     with StopRequest() as stop:
@@ -117,9 +142,18 @@ def launch(recipe: Recipe, *, resume: str = "never", listeners: Sequence[Listene
         try:
             for kind, message, details in _opening_events(run, recipe, timings, checkpoint, skipped, drift):
                 listener.on_event(loop.step, kind, message, details)
+            for told in early:
+                listener.on_event(*told)
             for text in spent:  # said again, because a run without a checkpoint starts its record anew
                 listener.on_event(loop.step, "injected", f"{text} has struck before", {"fault": text})
-            outcome = loop.train()
+            with Watchdog(
+                engine,
+                folder,
+                timeout=recipe.config.loop.hang_timeout,
+                tell=lambda message, details: listener.on_event(loop.step, "hang", message, details),
+                then=on_hang,
+            ):
+                outcome = loop.train()
         finally:
             listener.on_train_end(loop.step)
             if engine.is_main:
@@ -222,7 +256,7 @@ def settle_precision(recipe: Recipe, run: Run, engine: Engine) -> tuple[Recipe, 
     if name == "auto":
         names = candidates(engine.device)
         if len(names) > 1:
-            name, timings = fastest(names, _rehearsal(run, engine))
+            name, timings = _fastest_that_fits(names, run, engine)
             name = engine.gather([name])[0]  # all processes do as the first
         else:
             name = names[0]
@@ -235,10 +269,22 @@ def _set_precision(name: str, run: Run, engine: Engine) -> None:
     run.set_attention_dtype(PRECISIONS[name].attention_dtype)
 
 
-def _rehearsal(run: Run, engine: Engine):
-    """Forward and backward of one micro-batch in the precision named."""
+def _fastest_that_fits(names: Sequence[str], run: Run, engine: Engine) -> tuple[str, dict[str, float]]:
+    """As `fastest`, on a part of the first micro-batch that memory suffices for; the run will find its parts itself."""
     stream = run.batches(start=0, stop=1, rank=engine.rank, world_size=engine.world_size)
-    batch = engine.place(next(iter(stream))[0])
+    batch, parts = next(iter(stream))[0], 1
+    while True:
+        try:
+            return fastest(names, _rehearsal(run, engine, in_parts(batch, parts)[0]))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or parts >= num_rows(batch):
+                raise
+        parts *= 2
+
+
+def _rehearsal(run: Run, engine: Engine, batch: Batch):
+    """Forward and backward of one micro-batch in the precision named."""
+    batch = engine.place(batch)
     run.model.to(engine.device).train()
 
     def run_once(name: str) -> None:

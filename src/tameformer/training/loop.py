@@ -96,6 +96,8 @@ class Loop:
         """Batches of the plan that were given up by going back: the data go on where they were."""
         self.anchors: list[int] = []
         """Checkpoints that the schedule made and that are kept."""
+        self.parts = 1
+        """Pieces that each micro-batch is cut into: twice as many whenever memory has run out."""
         self.status: Status = "running"
         self.interval = Interval()
         self.selection = Selection(run.checkpoint.best_metric, run.checkpoint.best_mode)
@@ -185,19 +187,24 @@ class Loop:
             yield micro_batches
 
     def _run_step(self, micro_batches: Sequence[Batch], watch: Watch | None) -> StepResult:
-        self.engine.seed(_mix(self.run.seed, self.position, self.engine.rank))
-        with nullcontext() if watch is None else watch.watching(self.step + 1):
-            result = train_step(
-                self.engine,
-                self.model,
-                self.run.optimizers,
-                micro_batches,
-                self.run.loss,
-                max_grad_norm=self.run.max_grad_norm,
-                tell_norms=None if watch is None else watch.tell_norms,
-                limits=self._before_update,
-                stop_requested=self.stop.signal_number is not None,
-            )
+        result = None
+        while result is None:  # memory runs out in few steps of few runs
+            self.engine.seed(_mix(self.run.seed, self.position, self.engine.rank))
+            with nullcontext() if watch is None else watch.watching(self.step + 1):
+                result = train_step(
+                    self.engine,
+                    self.model,
+                    self.run.optimizers,
+                    micro_batches,
+                    self.run.loss,
+                    max_grad_norm=self.run.max_grad_norm,
+                    tell_norms=None if watch is None else watch.tell_norms,
+                    limits=self._before_update,
+                    stop_requested=self.stop.signal_number is not None,
+                    parts=self.parts,
+                )
+            if result is None:
+                self._cut_smaller()
         self._write_lines()  # the last step's numbers have come while this one was launched
         self.step += 1
         numbers = {"loss": result.loss_sum, "norm": result.grad_norm, "taken": result.taken}
@@ -213,6 +220,15 @@ class Loop:
         if self.step == self.run.max_steps and self._answer is None:
             self._answer, self._details = self.run.guard.conclude(self.step), {}
         return result
+
+    def _cut_smaller(self) -> None:
+        """Memory ran out: the step is repeated, and it and all after it are done in parts of half the size."""
+        self.parts *= 2
+        message = (
+            f"Memory ran out in step {self.step + 1}: its batch is repeated, and from here on each micro-batch is cut into "
+            f"{self.parts} parts. Double gradient_accumulation_steps in the next run."
+        )
+        self.listener.on_event(self.step + 1, "out_of_memory", message, {"parts": self.parts})
 
     def _before_update(self) -> tuple[float, float]:
         """Hear what came of the last step, set the rates, and answer the limits of this one."""
@@ -318,7 +334,7 @@ class Loop:
         if logged:
             self._last_line, self._waited = now, 0.0
         rate = max(group["lr"] for optimizer in self.run.optimizers for group in optimizer.param_groups)
-        self._lines.append(_Line(self.step, self._epoch(), interval, Readings(measured), rate, seconds))
+        self._lines.append(_Line(self.step, self._epoch(), interval, Readings(measured), rate, seconds, waited))
         if self.engine.device.type == "cpu":
             self._write_lines()
 
@@ -440,6 +456,7 @@ class Loop:
                 "skipped": self.skipped,
                 "passed_over": self.passed_over,
                 "anchors": self.anchors,
+                "parts": self.parts,
                 "guard": self.run.guard.state(),
                 "detectors": {} if self.run.detectors is None else self.run.detectors.state(),
                 "status": self.status,
@@ -469,6 +486,8 @@ class Loop:
         self._saved_step = self.step
         self.skipped, self.passed_over = snapshot.state["skipped"], snapshot.state["passed_over"]
         self.anchors = list(snapshot.state["anchors"])
+        # What memory cannot hold is not forgotten by going back; checkpoints of runs begun before this was kept say nothing.
+        self.parts = max(self.parts, snapshot.state.get("parts", 1))
         self.run.guard.load(snapshot.state["guard"])
         if self.run.detectors is not None:
             self.run.detectors.load(snapshot.state.get("detectors", {}))

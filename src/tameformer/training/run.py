@@ -77,12 +77,16 @@ class LoopConfig:
     """Evaluate before the first step, too: the loss that training starts from."""
     early_stopping_patience: int | None = None
     """Stop after this many evaluations without a better `checkpoint.best_metric`; null never stops early."""
+    hang_timeout: float | None = 1800.0
+    """Seconds without a batch, in training or evaluation, after which the run says where it hangs, and the command ends."""
 
     def __post_init__(self) -> None:
         for name in ("logging_steps", "eval_steps", "early_stopping_patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"loop.{name} must be at least 1, got {value}")
+        if self.hang_timeout is not None and not self.hang_timeout > 0:
+            raise ValueError(f"loop.hang_timeout must be positive, got {self.hang_timeout}; null waits for ever")
 
 
 @dataclass(frozen=True, kw_only=True)
