@@ -15,6 +15,7 @@ from tameformer.errors import ConfigError
 FOLDER = Path(__file__).parent / "yaml"
 TASKS = {
     "vision": "tameformer.recipes.vision",
+    "masked-image": "tameformer.recipes.masked_image",
     "char-lm": "tameformer.recipes.char_lm",
     "lm": "tameformer.recipes.lm",
     "translation": "tameformer.recipes.translation",

@@ -1,6 +1,7 @@
 """Images cut into square patches, each mapped to a token (Dosovitskiy et al. 2020, "ViT", arXiv:2010.11929)."""
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from tameformer.shapes import Images, Stream
 
@@ -25,6 +26,28 @@ def grid_size(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, 
     return height // patch_size, width // patch_size
 
 
+def to_patches(images: Images, patch_size: int) -> Float[Tensor, "batch patches pixels"]:
+    """Each patch flattened as channel, row, column; patches row by row."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    patches = images.view(batch, channels, rows, patch_size, columns, patch_size).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, rows * columns, channels * patch_size**2)
+
+
+def to_pixels(patches: Float[Tensor, "batch patches pixels"], grid: tuple[int, int], patch_size: int) -> Images:
+    """The inverse of `to_patches`; `grid` is rows and columns of patches.
+
+    Example:
+        >>> import torch
+        >>> images = torch.randn(2, 3, 4, 6)
+        >>> bool((to_pixels(to_patches(images, 2), (2, 3), 2) == images).all())
+        True
+    """
+    (rows, columns), channels = grid, patches.shape[2] // patch_size**2
+    cut = patches.view(len(patches), rows, columns, channels, patch_size, patch_size).permute(0, 3, 1, 4, 2, 5)
+    return cut.reshape(len(patches), channels, rows * patch_size, columns * patch_size)
+
+
 class PatchStem(nn.Module):
     """Each patch, flattened as channel, row, column, through one linear layer; tokens row by row.
 
@@ -38,7 +61,4 @@ class PatchStem(nn.Module):
 
     def forward(self, images: Images) -> Stream:
         """The tokens of the patches."""
-        batch, channels, height, width = images.shape
-        rows, columns, size = height // self.patch_size, width // self.patch_size, self.patch_size
-        patches = images.view(batch, channels, rows, size, columns, size).permute(0, 2, 4, 1, 3, 5)
-        return self.project(patches.reshape(batch, rows * columns, channels * size * size))
+        return self.project(to_patches(images, self.patch_size))
