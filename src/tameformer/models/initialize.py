@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from tameformer.nn.attention import MultiHeadAttention
+from tameformer.nn.attention import CollaborativeAttention, MultiHeadAttention
 from tameformer.nn.embedding import OutputHead, TokenEmbedding
 from tameformer.nn.feed_forward import FeedForward, GatedFeedForward
 from tameformer.nn.positions import LearnedPositions
@@ -69,7 +69,7 @@ def _branch_outputs(model: nn.Module) -> list[nn.Linear]:
     """The linear layers whose result is added to the residual stream."""
     outputs = []
     for module in model.modules():
-        if isinstance(module, MultiHeadAttention):
+        if isinstance(module, MultiHeadAttention | CollaborativeAttention):
             outputs.append(module.out)
         elif isinstance(module, FeedForward | GatedFeedForward):
             outputs.append(module.down)

@@ -4,7 +4,15 @@ from functools import partial
 
 import torch.nn.functional as F
 
-from tameformer.nn.attention import AdditiveScore, GaussianScore, GeneralScore, concat_score, dot
+from tameformer.nn.attention import (
+    AdditiveScore,
+    GaussianScore,
+    GeneralScore,
+    LinearAttention,
+    WindowedAttention,
+    concat_score,
+    dot,
+)
 from tameformer.nn.feed_forward import FeedForward, GatedFeedForward, gated_hidden_dim, plain_hidden_dim
 from tameformer.nn.norms import layer_norm, rms_norm
 from tameformer.nn.pooling import AttentionPooling, ClassTokenPooling, MaxPooling, MeanPooling, SoftmaxPooling
@@ -47,6 +55,11 @@ PARTS = {
         "additive": AdditiveScore,
         "concat": concat_score,
         "gaussian": lambda heads, head_dim: GaussianScore(bandwidth=head_dim**0.25),  # the scale of scaled dot
+    },
+    "attend": {
+        "full": lambda config: None,
+        "windowed": lambda config: WindowedAttention(config.radius, dropout=config.attention_dropout),
+        "linear": lambda config: LinearAttention(),
     },
     "pooling": {
         "class_token": ClassTokenPooling,

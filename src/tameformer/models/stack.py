@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.models.parts import PARTS
-from tameformer.nn.attention import MultiHeadAttention, StackCache, check_heads
+from tameformer.nn.attention import CollaborativeAttention, MultiHeadAttention, StackCache, check_heads
 from tameformer.nn.drop_path import depth_rates
 from tameformer.nn.residual import branch_drop
 from tameformer.shapes import Mask, Stream, Tokens
@@ -39,6 +39,10 @@ class StackConfig:
     """How a token knows where it stands: added to the embeddings, turned, or by distance on the logits."""
     score: Literal["scaled_dot", "dot", "general", "additive", "concat", "gaussian"] = "scaled_dot"
     """From a query and a key to their logit."""
+    attention: Literal["full", "windowed", "linear", "collaborative"] = "full"
+    """Self-attention to all positions, to near ones only, in linear time, or by heads that share queries and keys."""
+    radius: int | None = None
+    """Distance of the farthest key of windowed attention, in positions."""
     dropout: float = 0.0
     """Probability of dropping a unit of the embeddings and of each branch's output."""
     attention_dropout: float = 0.0
@@ -58,6 +62,7 @@ class StackConfig:
                 f"expected an even dim / num_heads for rotary positions, got {self.dim} / {self.num_heads} = "
                 f"{self.dim // self.num_heads}; change dim or num_heads"
             )
+        _check_attention(self)
         if self.positions == "disentangled" and self.score != "scaled_dot":
             raise ValueError(
                 f"expected the score scaled_dot beside disentangled positions, got {self.score}; "
@@ -101,6 +106,28 @@ def check_probabilities(config: Any, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(config, name) < 1:
             raise ValueError(f"expected 0 <= {name} < 1, got {getattr(config, name)}; it is a probability")
+
+
+def _check_attention(config: "StackConfig") -> None:
+    """Refuses parts that the chosen attention has no place for."""
+    kind, added = config.attention, ("sinusoidal", "learned", "binary", "none")
+    if (config.radius is not None) != (kind == "windowed") or (config.radius or 1) < 1:
+        raise ValueError(f"expected a radius of at least 1 for windowed attention only, got {config.radius} for {kind}")
+    if kind == "full":
+        return
+    turned = () if kind == "collaborative" else ("rotary",)
+    if config.score != "scaled_dot" or config.positions not in added + turned:
+        raise ValueError(
+            f"expected the score scaled_dot and positions {', '.join(added + turned)} for {kind} attention, "
+            f"got {config.score} and {config.positions}"
+        )
+    if kind == "linear" and config.attention_dropout:
+        raise ValueError(
+            f"expected attention_dropout 0 for linear attention, which has no weights to drop, got "
+            f"{config.attention_dropout}; take dropout"
+        )
+    if kind == "collaborative" and config.num_kv_heads is not None:
+        raise ValueError(f"expected no num_kv_heads for collaborative heads, got {config.num_kv_heads}; leave it out")
 
 
 class Layer(nn.Module):
@@ -181,17 +208,23 @@ def layer_stack(config: StackConfig, *, num_layers: int, max_length: int, cross_
     def placed(branch: nn.Module, path_rate: float) -> nn.Module:
         return placement(config.dim, branch, norm=norm, drop=branch_drop(config.dropout, path_rate))
 
-    def attention(*, of_itself: bool) -> MultiHeadAttention:
-        score = PARTS["score"][config.score]
+    def attention(*, of_itself: bool) -> nn.Module:
+        score, kind = PARTS["score"][config.score], config.attention if of_itself else "full"
+        if kind == "collaborative":
+            return CollaborativeAttention(
+                config.dim, config.num_heads, bias=config.bias, dropout=config.attention_dropout
+            )
+        attend = PARTS["attend"][kind](config)
         return MultiHeadAttention(
             config.dim,
             config.num_heads,
             num_kv_heads=config.num_kv_heads,
             bias=config.bias,
-            dropout=config.attention_dropout,
+            dropout=0.0 if attend else config.attention_dropout,
             positions=turn if of_itself else None,
             relative=relative(config.num_heads, head_dim, max_length) if of_itself and relative else None,
             score=None if score is None else score(config.num_heads, head_dim),
+            attend=attend,
         )
 
     placement, head_dim = PARTS["residual"][config.residual], config.dim // config.num_heads

@@ -319,9 +319,10 @@ class _Pass(TorchFunctionMode):
             self.stream[id(output)] = output  # post-norm: the stream goes on from the norm of the sum
         elif kind == "activation":
             self._activation(self.running[-1], output)
-        elif kind == "product" and self.weights_shape is not None and args[0].shape == self.weights_shape:
+        elif kind == "product" and self.weights_shape is not None and _are_weights(args[0], self.weights_shape):
+            heads = output if output.dim() == 4 else output.flatten(2, 3)[:, :, : self.weights_shape[2]]
             self.weights_shape = None
-            self._tell("on_heads", self.running[-1], output[: self.observation.sequences].detach())
+            self._tell("on_heads", self.running[-1], heads[: self.observation.sequences].detach())
         return output
 
     def _attention(self, reader: Any, func: Any, args: Any, kwargs: Any) -> Any:
@@ -429,6 +430,13 @@ def _heads(func: Any, call: AttentionCall, output: Any, sequences: int | None) -
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=call.is_causal, scale=call.scale)
+
+
+def _are_weights(factor: Any, shape: torch.Size) -> bool:
+    """Whether this is what the softmax of that shape gave, as it is or with its queries cut into blocks."""
+    if factor.dim() == 5 and factor.shape[:2] == shape[:2] and factor.shape[-1] == shape[-1]:
+        return factor.shape[2] * factor.shape[3] >= shape[2]
+    return factor.shape == shape
 
 
 def _device(call: AttentionCall) -> str:
