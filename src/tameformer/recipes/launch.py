@@ -159,7 +159,9 @@ def launch(
             if engine.is_main:
                 report.write_report(folder)
     interrupted = outcome.status == "running"
-    return Result(folder, outcome.step, not interrupted, outcome.metrics, stop.exit_code if interrupted else 0)
+    # A signal may have come to one process only; all have stopped for it, and all say so.
+    exit_code = max(engine.gather([stop.exit_code])) if interrupted else 0
+    return Result(folder, outcome.step, not interrupted, outcome.metrics, exit_code)
 
 
 def _struck(folder: Path) -> list[str]:
