@@ -7,7 +7,6 @@ Strings of a batch are drawn together, from uniform numbers of their own, so tha
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -114,7 +113,7 @@ class Dyck:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
-    @cached_property
+    @property
     def symbols(self) -> tuple[str, ...]:
         """Opening brackets, then closing ones, by type."""
         return tuple(f"{side}{kind}" for side in "()" for kind in range(self.num_types))

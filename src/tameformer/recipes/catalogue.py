@@ -15,10 +15,14 @@ from tameformer.errors import ConfigError
 FOLDER = Path(__file__).parent / "yaml"
 TASKS = {
     "vision": "tameformer.recipes.vision",
+    "contrastive": "tameformer.recipes.contrastive",
     "masked-image": "tameformer.recipes.masked_image",
     "char-lm": "tameformer.recipes.char_lm",
+    "formal": "tameformer.recipes.formal",
     "lm": "tameformer.recipes.lm",
     "translation": "tameformer.recipes.translation",
+    "masked-lm": "tameformer.recipes.masked_lm",
+    "text-classification": "tameformer.recipes.text_classification",
 }
 DEFAULT = "vit-digits"
 

@@ -1,0 +1,116 @@
+"""Formal languages as a recipe: learned, judged by length, told to the report, and diagnosed."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import tameformer as tame
+from tameformer.cli.__main__ import main
+from tameformer.data.formal import Parity
+from tameformer.data.strings import StringSource
+from tameformer.errors import ConfigError
+from tameformer.recipes.formal import StringsConfig, by_length, judged, string_loss
+from tameformer.recipes.launch import train
+from tameformer.record import RunReader
+from tameformer.report import write_report
+from tameformer.training import Engine
+
+TINY = {
+    "data.min_length": 2, "data.max_length": 10, "data.longest": 20, "data.num_eval_samples": 60, "data.batch_size": 16,
+    "data.num_train_samples": 480, "model.dim": 16, "model.num_layers": 1, "max_steps": 60, "optim.warmup_steps": 5,
+    "optim.peak_lr": 0.02, "loop.logging_steps": 10, "loop.eval_steps": 30,
+}  # fmt: skip
+
+
+class Oracle(nn.Module):
+    """Knows parity up to a length, and is wrong about the end of longer prefixes."""
+
+    def __init__(self, knows: int):
+        super().__init__()
+        self.knows = knows
+
+    def forward(self, tokens):
+        ones = ((tokens == 1).cumsum(1) % 2).float()
+        end = 1 - 2 * ones
+        end[:, self.knows + 1 :] *= -1
+        return torch.stack([torch.ones_like(end), torch.ones_like(end), end], dim=-1) * 20
+
+
+def test_a_string_is_right_when_all_of_its_positions_are():
+    source = StringSource(Parity(), num_samples=200, min_length=1, max_length=12)
+    rows = judged(Engine(), Oracle(knows=8), source, batch_size=33)
+    assert len(rows) == 200
+    assert (rows[:, 1] == (rows[:, 0] <= 8)).all()
+    assert (rows[:, 3] == rows[:, 0] + 1).all()
+    assert rows[rows[:, 0] <= 8, 2].max() < 1e-6
+    assert rows[rows[:, 0] > 8, 2].min() > 10
+    figure = by_length([rows[rows[:, 0] <= 6], rows[rows[:, 0] > 6]], max_length=6)
+    assert figure["x"] == [6, 16]
+    assert figure["lines"]["lengths of training"] == [1.0, None]
+    longer = rows[rows[:, 0] > 6]
+    assert figure["lines"]["longer"] == [None, longer[:, 1].mean()]
+
+
+def test_the_loss_counts_what_is_asked_and_nothing_else():
+    tokens = torch.zeros(1, 3, dtype=torch.long)
+    targets = torch.tensor([[[1, 0], [-1, -1], [0, -1]]])
+
+    class Fixed(nn.Module):
+        def forward(self, tokens):
+            return torch.tensor([[[2.0, -1.0], [9.0, 9.0], [0.5, 9.0]]])
+
+    expected = -sum(np.log(1 / (1 + np.exp(-logit))) for logit in (2.0, 1.0, -0.5))
+    assert string_loss(Fixed(), {"tokens": tokens, "targets": targets}).item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "language", "method"),
+    [("transformer", "dyck", "sigma_reparam"), ("lstm", "parity", "z_loss"), ("gru", "even_length", "z_loss")],
+)
+def test_learns_is_drawn_diagnosed_and_exported(architecture, language, method, tmp_path, capsys):
+    folder = tmp_path / "run"
+    values = {**TINY, "model.architecture": architecture, "data.language": language, "output_dir": str(folder)}
+    method = method if architecture == "transformer" else None
+    result = train("formal", overrides={**values, "stabilize": [method] if method else []})
+    losses = [line["train/loss"] for line in RunReader(folder).log() if "train/loss" in line]
+    assert losses[-1] < 0.9 * losses[0]
+    wanted = {"eval/loss", "eval/accuracy", "eval/loss_longer", "eval/accuracy_longer"}
+    assert {key for key in result.metrics if key.startswith("eval/")} == wanted
+    figure = RunReader(folder).figures()["accuracy-by-length"]
+    assert figure["x"] == [10, 20]
+    assert "Strings that are right throughout, by length" in write_report(folder).read_text()
+    assert json.loads((folder / "preprocessing.json").read_text())["symbols"]
+    assert main(["diagnose", str(folder)]) == 0
+    assert capsys.readouterr().out
+    tame.export(folder, tmp_path / "out")
+    assert tame.load(tmp_path / "out")(torch.zeros(1, 4, dtype=torch.long)).isfinite().all()
+
+
+def test_membership_asks_once_a_string(tmp_path):
+    values = {**TINY, "data.question": "membership", "data.language": "parity", "max_steps": 2, "optim.warmup_steps": 0}
+    result = train("formal", overrides={**values, "output_dir": str(tmp_path / "run")})
+    assert 0 < result.metrics["eval/accuracy"] < 1
+    assert result.metrics["eval/loss"] == pytest.approx(np.log(2), abs=0.3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_length": 100}, "expected data.min_length <= data.max_length < data.longest, got 2, 100 and 100"),
+        ({"language": "parity", "num_types": 2}, "data.num_types and data.max_depth belong to dyck, got .* parity"),
+        ({"batch_size": 0}, "data.batch_size must be at least 1, got 0"),
+    ],
+)
+def test_bad_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        StringsConfig(**settings)
+
+
+def test_a_model_too_short_for_the_longest_string_is_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"model\.max_length is 50, but strings have up to 100 symbols .*max_length 101"
+    ):
+        train("formal", overrides={"model.max_length": 50, "output_dir": str(tmp_path / "run")})
