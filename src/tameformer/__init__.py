@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tameformer.health import Diagnosis, Guard, GuardConfig, Monitor, diagnose
+    from tameformer.finetune import GradualUnfreezing, freeze, layer_decay_groups, mixout, prior_decay, reinit_top
+    from tameformer.health import Detectors, DetectorsConfig, Diagnosis, Guard, GuardConfig, Monitor, diagnose
     from tameformer.nn.attention.attend import attend
     from tameformer.nn.attention.entropy import attention_entropy
     from tameformer.patch import PatchHandle
+    from tameformer.patch.heads import gate_heads, head_importance, prune_heads
     from tameformer.recipes.export import Exported, export, load
     from tameformer.recipes.launch import Result, train
+    from tameformer.recipes.pretrained import load_pretrained
     from tameformer.stabilizers import (
         admin,
         deepnorm,
@@ -35,6 +38,15 @@ if TYPE_CHECKING:
     from tameformer.studies import compare
 
 _HOMES = {
+    "load_pretrained": "tameformer.recipes.pretrained",
+    "reinit_top": "tameformer.finetune",
+    "prior_decay": "tameformer.finetune",
+    "mixout": "tameformer.finetune",
+    "layer_decay_groups": "tameformer.finetune",
+    "freeze": "tameformer.finetune",
+    "GradualUnfreezing": "tameformer.finetune",
+    "Detectors": "tameformer.health",
+    "DetectorsConfig": "tameformer.health",
     "Diagnosis": "tameformer.health",
     "Exported": "tameformer.recipes.export",
     "Guard": "tameformer.health",
@@ -50,9 +62,12 @@ _HOMES = {
     "deepnorm": "tameformer.stabilizers",
     "depth_scaled_init": "tameformer.stabilizers",
     "export": "tameformer.recipes.export",
+    "head_importance": "tameformer.patch.heads",
+    "gate_heads": "tameformer.patch.heads",
     "layer_scale": "tameformer.stabilizers",
     "load": "tameformer.recipes.export",
     "peri_norm": "tameformer.stabilizers",
+    "prune_heads": "tameformer.patch.heads",
     "qk_clip": "tameformer.stabilizers",
     "qk_clip_state": "tameformer.stabilizers",
     "qk_norm": "tameformer.stabilizers",
@@ -66,8 +81,11 @@ _HOMES = {
     "z_loss": "tameformer.stabilizers",
 }
 __all__ = [
+    "Detectors",
+    "DetectorsConfig",
     "Diagnosis",
     "Exported",
+    "GradualUnfreezing",
     "Guard",
     "GuardConfig",
     "Monitor",
@@ -81,12 +99,21 @@ __all__ = [
     "depth_scaled_init",
     "diagnose",
     "export",
+    "freeze",
+    "gate_heads",
+    "head_importance",
+    "layer_decay_groups",
     "layer_scale",
     "load",
+    "load_pretrained",
+    "mixout",
     "peri_norm",
+    "prior_decay",
+    "prune_heads",
     "qk_clip",
     "qk_clip_state",
     "qk_norm",
+    "reinit_top",
     "rezero",
     "sigma_reparam",
     "soft_cap",
