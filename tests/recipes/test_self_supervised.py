@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import fields
 
 import numpy as np
@@ -24,7 +26,10 @@ SMALL = MODEL | {
     "precision": "fp32", "optim.warmup_steps": 3, "optim.peak_lr": 0.01, "loop.logging_steps": 5, "loop.eval_steps": 15,
     "linear_probe_samples": 200, **{f"probes.{one.name}": None for one in fields(ProbesConfig)},
 }  # fmt: skip
-TASKS = {"masked-image": {"model.decoder_dim": 16}}
+TASKS = {
+    "masked-image": {"model.decoder_dim": 16},
+    "contrastive": {"data.augment": ["resized_crop", "color_jitter"], "model.projection_dim": 16},
+}
 
 
 class Stop(Listener):
@@ -44,9 +49,9 @@ def run(request, tmp_path_factory):
 
 
 def test_it_learns_and_is_probed(run):
-    _, folder, result = run
+    task, folder, result = run
     losses = {line["step"]: line["eval/loss"] for line in RunReader(folder).log() if "eval/loss" in line}
-    assert losses[30] < 0.8 * losses[0]
+    assert losses[30] < {"masked-image": 0.8, "contrastive": 0.97}[task] * losses[0]
     assert result.metrics["eval/linear_probe_accuracy"] > 0.5
 
 
@@ -138,7 +143,51 @@ def test_the_probe_is_logistic_regression_on_standardized_features():
         ({"model.patch_size": 3}, "expected patch_size that divides the image size"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(changes, message, tmp_path):
+def test_what_cannot_be_masked_is_refused(changes, message, tmp_path):
     with pytest.raises((ConfigError, ValueError), match=message):
         tame.train("masked-image", overrides={**SMALL, **changes, "output_dir": str(tmp_path)})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.augment": []}, r"two views need augmentations, and data\.augment is empty"),
+        ({"gradient_accumulation_steps": 2}, "expected gradient_accumulation_steps 1, got 2; take a smaller"),
+        ({"temperature": 0.0}, r"temperature must be above 0, got 0\.0"),
+        ({"data.batch_size": 1}, r"data\.batch_size is 1; expected at least 2 images"),
+        ({"model.pooling": "softmax"}, "choose mean or class_token"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(changes, message, tmp_path):
+    values = {**SMALL, "data.augment": ["resized_crop"], **changes, "output_dir": str(tmp_path)}
+    with pytest.raises((ConfigError, ValueError), match=message):
+        tame.train("contrastive", overrides=values)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.timeout(400)
+def test_two_processes_compare_with_the_images_of_both(tmp_path):
+    arguments = [
+        "train", "contrastive", "--data.source=digits", "--data.augment=[resized_crop]", "--data.batch_size=32",
+        "--max_steps=4", "--optim.warmup_steps=1", "--precision=fp32", "--loop.logging_steps=1", "--linear_probe_samples=200",
+        *(f"--{name}={value}" for name, value in MODEL.items()),
+    ]  # fmt: skip
+    lines = []
+    for processes in (1, 2):
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"] if processes > 1 else []
+        command = [
+            sys.executable,
+            "-m",
+            *launcher,
+            "tameformer.cli",
+            *arguments,
+            f"--output_dir={tmp_path / str(processes)}",
+        ]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert answer.returncode == 0, answer.stderr[-3000:]
+        lines.append(RunReader(tmp_path / str(processes)).log())
+    for one, two in zip(*lines, strict=True):
+        for key in ("train/loss", "train/grad_norm", "eval/loss", "eval/linear_probe_accuracy"):
+            if key in one:
+                assert two[key] == pytest.approx(one[key], rel=1e-4), (key, one["step"])

@@ -1,6 +1,7 @@
 """Models: building blocks put together from a configuration."""
 
 from tameformer.models.architecture import BUILDERS, Architecture
+from tameformer.models.contrastive import ContrastiveConfig, contrastive_encoder
 from tameformer.models.convolutional import ConvolutionalConfig, convolutional_classifier
 from tameformer.models.decoder import Decoder, DecoderConfig, decoder
 from tameformer.models.encoder import Encoder, EncoderConfig, encoder
@@ -20,6 +21,7 @@ from tameformer.models.vision import VisionClassifier, VisionConfig, vision_clas
 __all__ = [
     "BUILDERS",
     "Architecture",
+    "ContrastiveConfig",
     "ConvolutionalConfig",
     "Decoder",
     "DecoderConfig",
@@ -37,6 +39,7 @@ __all__ = [
     "VisionClassifier",
     "VisionConfig",
     "beam_search",
+    "contrastive_encoder",
     "convolutional_classifier",
     "decoder",
     "decoder_steps",

@@ -9,6 +9,7 @@ from torch import nn
 
 from tameformer import config as configuration
 from tameformer.errors import ConfigError
+from tameformer.models.contrastive import ContrastiveConfig, contrastive_encoder
 from tameformer.models.convolutional import ConvolutionalConfig, convolutional_classifier
 from tameformer.models.decoder import DecoderConfig, decoder
 from tameformer.models.encoder import EncoderConfig, encoder
@@ -19,6 +20,7 @@ from tameformer.models.text import TextClassifierConfig, masked_language_model, 
 from tameformer.models.vision import VisionConfig, vision_classifier
 
 BUILDERS: dict[str, tuple[Callable[..., nn.Module], type]] = {
+    "contrastive_encoder": (contrastive_encoder, ContrastiveConfig),
     "convolutional_classifier": (convolutional_classifier, ConvolutionalConfig),
     "decoder": (decoder, DecoderConfig),
     "encoder": (encoder, EncoderConfig),

@@ -4,6 +4,7 @@ Logistic regression on the mean of the encoder's outputs at all tokens, each fea
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,10 +12,24 @@ from torch import Tensor, nn
 
 from tameformer.data import SequentialBatches, Source, single_pass
 from tameformer.errors import ConfigError
+from tameformer.recipes.vision import ImageSource, few
 from tameformer.training import Engine
 
 Features = Callable[[nn.Module, Tensor], Tensor]
 """From a model and images to one vector an image."""
+
+
+def check_probe(samples: int | None) -> None:
+    """Refuse a probe that learns from nothing."""
+    if samples is not None and samples < 2:
+        raise ValueError(f"linear_probe_samples must be at least 2, got {samples}; null for no probe")
+
+
+def probe_images(train: ImageSource, samples: int | None, *, seed: int) -> ImageSource | None:
+    """The labelled images that a linear probe learns from, without augmentation; None where there is no probe."""
+    if samples is None:
+        return None
+    return few(replace(train, transforms=()), min(samples, len(train)), seed=seed)
 
 
 def mean_features(model: nn.Module, images: Tensor) -> Tensor:

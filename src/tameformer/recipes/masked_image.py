@@ -5,7 +5,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +21,15 @@ from tameformer.models.masked_autoencoder import hidden_error, patch_targets, re
 from tameformer.nn.stems import grid_size
 from tameformer.recipes.assemble import assemble
 from tameformer.recipes.config import RecipeConfig
-from tameformer.recipes.linear_probe import probe_accuracy
-from tameformer.recipes.vision import PREPROCESSING, ImageSource, VisionDataConfig, few, preprocessing, sources
+from tameformer.recipes.linear_probe import check_probe, probe_accuracy, probe_images
+from tameformer.recipes.vision import (
+    PREPROCESSING,
+    ImageSource,
+    VisionDataConfig,
+    check_unlabelled,
+    preprocessing,
+    sources,
+)
 from tameformer.record import write_figure
 from tameformer.training import Engine, Run, mean_metrics
 from tameformer.training.step import Batch
@@ -51,21 +58,6 @@ class Config(RecipeConfig):
         super().__post_init__()
         check_unlabelled(self.data)
         check_probe(self.linear_probe_samples)
-
-
-def check_unlabelled(data: VisionDataConfig) -> None:
-    """Refuse what mixes labels, where none are learned from."""
-    for name in ("mixup_alpha", "cutmix_alpha"):
-        if getattr(data, name):
-            raise ValueError(
-                f"data.{name} mixes labels, of which nothing is learned here, got {getattr(data, name)}; give 0"
-            )
-
-
-def check_probe(samples: int | None) -> None:
-    """Refuse a probe that learns from nothing."""
-    if samples is not None and samples < 2:
-        raise ValueError(f"linear_probe_samples must be at least 2, got {samples}; null for no probe")
 
 
 def build(config: Config, folder: Path) -> Run:
@@ -100,13 +92,6 @@ def build(config: Config, folder: Path) -> Run:
         num_workers=data.num_workers,
         artifacts={PREPROCESSING: json.dumps(preprocessing(train), indent=1) + "\n"},
     )
-
-
-def probe_images(train: ImageSource, samples: int | None, *, seed: int) -> ImageSource | None:
-    """The labelled images that a linear probe learns from, without augmentation; None where there is no probe."""
-    if samples is None:
-        return None
-    return few(replace(train, transforms=()), min(samples, len(train)), seed=seed)
 
 
 def reconstruction_loss(model: nn.Module, batch: Batch, *, patch_size: int, normalize: bool) -> Tensor:

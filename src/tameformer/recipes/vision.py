@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from tameformer.data import SequentialBatches, ShuffledBatches, single_pass
 from tameformer.data.augment import (
+    ColorJitter,
     HorizontalFlip,
     MixedSource,
     RandAugment,
     RandomAffine,
     RandomErasing,
+    RandomResizedCrop,
     RandomShift,
     TrivialAugment,
 )
@@ -42,7 +44,9 @@ from tameformer.training.step import Batch
 
 PREPROCESSING = "preprocessing.json"
 ImageSource = ArraySource | DecodedImages
-Augmentation = Literal["shift", "flip", "affine", "erasing", "trivial_augment", "rand_augment"]
+Augmentation = Literal[
+    "shift", "flip", "affine", "erasing", "trivial_augment", "rand_augment", "resized_crop", "color_jitter"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +111,15 @@ class Config(RecipeConfig):
     """Probability mass of a label that is spread over all classes."""
     num_train_epochs: int | None = 20
     """Passes over the training data; `max_steps` wins when both are given."""
+
+
+def check_unlabelled(data: VisionDataConfig) -> None:
+    """Refuse what mixes labels, where none are learned from."""
+    for name in ("mixup_alpha", "cutmix_alpha"):
+        if getattr(data, name):
+            raise ValueError(
+                f"data.{name} mixes labels, of which nothing is learned here, got {getattr(data, name)}; give 0"
+            )
 
 
 def build(config: Config, folder: Path) -> Run:
@@ -199,6 +212,8 @@ def transforms(names: tuple[Augmentation, ...], side: int, *, shift_pixels: int 
         "erasing": RandomErasing(),
         "trivial_augment": TrivialAugment(),
         "rand_augment": RandAugment(),
+        "resized_crop": RandomResizedCrop(),
+        "color_jitter": ColorJitter(),
     }
     return tuple(known[name] for name in names)
 

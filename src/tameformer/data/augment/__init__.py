@@ -2,17 +2,20 @@
 
 from tameformer.data.augment.erasing import RandomErasing
 from tameformer.data.augment.geometry import HorizontalFlip, RandomAffine, RandomShift
+from tameformer.data.augment.jitter import ColorJitter, RandomResizedCrop
 from tameformer.data.augment.mixing import MixedSource, cutmix, mixup, soft_labels
 from tameformer.data.augment.policies import OPERATIONS, WIDE, RandAugment, Ranges, TrivialAugment
 
 __all__ = [
     "OPERATIONS",
     "WIDE",
+    "ColorJitter",
     "HorizontalFlip",
     "MixedSource",
     "RandAugment",
     "RandomAffine",
     "RandomErasing",
+    "RandomResizedCrop",
     "RandomShift",
     "Ranges",
     "TrivialAugment",
