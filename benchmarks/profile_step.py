@@ -40,14 +40,14 @@ def parts(folder: Path, size, text) -> tuple[dict[str, tuple[Part, int]], Callab
     micro = next(batches)
     watch = run.watch
     assert watch is not None
-    result = train_step(engine, model, run.optimizers, micro, run.loss, max_grad_norm=1.0)
+    result = train_step(engine, model, run.optimizers, micro, run.loss, clip=run.clip)
     mean_loss(model, micro[0]["tokens"], micro[0]["targets"]).backward()
     gradients = [p.grad for p in parameters]
     for _ in range(EVERY):
         loop.interval.add(2.5, 1.0, result.num_items)
     plain = random_windows(text, size)
 
-    values = {**loop.interval.line(max_grad_norm=1.0), "train/lr": 1e-3}
+    values = {**loop.interval.line(), "train/lr": 1e-3}
     factor = torch.ones(())
 
     def forward_backward() -> None:
@@ -93,7 +93,7 @@ def parts(folder: Path, size, text) -> tuple[dict[str, tuple[Part, int]], Callab
         interval = Interval()
         for _ in range(EVERY):
             interval.add(2.5, 1.0, result.num_items)
-        interval.line(max_grad_norm=1.0)
+        interval.line()
 
     def rates() -> None:
         scale = run.schedule(0)
@@ -130,7 +130,7 @@ def parts(folder: Path, size, text) -> tuple[dict[str, tuple[Part, int]], Callab
         "probes.jsonl line / 10": (lambda: recorded.on_probe(next(step_of_log), measured), EVERY),
         "TensorBoard line / 10": (lambda: board.on_log(next(step_of_log), values), EVERY),
         "train_step whole": (
-            lambda: train_step(engine, model, run.optimizers, micro, run.loss, max_grad_norm=1.0),
+            lambda: train_step(engine, model, run.optimizers, micro, run.loss, clip=run.clip),
             1,
         ),
     }

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from tameformer.errors import OutOfMemoryError
+from tameformer.optim import NormClip
 from tameformer.recipes import catalogue
 from tameformer.training.engine import Engine
 from tameformer.training.memory import in_parts, is_out_of_memory, num_rows
@@ -64,13 +65,19 @@ def test_a_step_that_runs_out_changes_nothing_and_in_parts_it_is_the_same_step()
     (model, optimizer), (whole, whole_optimizer) = parts(), parts()
     kept = copy.deepcopy(model.state_dict())
     micro_batches = [batch_of(7), batch_of(5)]
-    expected = train_step(Engine(), whole, [whole_optimizer], micro_batches, loss_of, max_grad_norm=0.1)
+    expected = train_step(
+        Engine(), whole, [whole_optimizer], micro_batches, loss_of, clip=NormClip([whole_optimizer], 0.1)
+    )
     for pieces in (1, 2):
-        answer = train_step(Engine(), model, [optimizer], micro_batches, limited(2), max_grad_norm=0.1, parts=pieces)
+        answer = train_step(
+            Engine(), model, [optimizer], micro_batches, limited(2), clip=NormClip([optimizer], 0.1), parts=pieces
+        )
         assert answer is None
         assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
         assert all(parameter.grad is None for parameter in model.parameters())
-    found = train_step(Engine(), model, [optimizer], micro_batches, limited(2), max_grad_norm=0.1, parts=4)
+    found = train_step(
+        Engine(), model, [optimizer], micro_batches, limited(2), clip=NormClip([optimizer], 0.1), parts=4
+    )
     for name in ("loss_sum", "grad_norm"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-13, atol=0)
     assert found.num_items == expected.num_items
@@ -81,7 +88,7 @@ def test_a_step_that_runs_out_changes_nothing_and_in_parts_it_is_the_same_step()
 def test_one_sample_at_a_time_is_the_end():
     model, optimizer = parts()
     with pytest.raises(OutOfMemoryError, match=r"memory runs out with one sample at a time: .*allocate memory"):
-        train_step(Engine(), model, [optimizer], [batch_of(4)], limited(0), max_grad_norm=None, parts=4)
+        train_step(Engine(), model, [optimizer], [batch_of(4)], limited(0), clip=NormClip([optimizer], None), parts=4)
 
 
 def test_other_errors_are_not_taken_for_it():
@@ -90,7 +97,7 @@ def test_other_errors_are_not_taken_for_it():
 
     model, optimizer = parts()
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        train_step(Engine(), model, [optimizer], [batch_of(4)], broken, max_grad_norm=None)
+        train_step(Engine(), model, [optimizer], [batch_of(4)], broken, clip=NormClip([optimizer], None))
 
 
 RECIPES = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tameformer.optim import LARS
+from tameformer.optim import LARS, NormClip
 from tameformer.training.engine import Engine
 from tameformer.training.step import can_refuse_on_device, told_to_refuse, train_step
 
@@ -32,7 +32,7 @@ def batch(seed=0, factor=1.0):
 
 
 def step(model, optimizer, given, **limits):
-    return train_step(Engine(), model, [optimizer], [given], loss_of, max_grad_norm=1.0, **limits)
+    return train_step(Engine(), model, [optimizer], [given], loss_of, clip=NormClip([optimizer], 1.0), **limits)
 
 
 def loss_of(model, batch):

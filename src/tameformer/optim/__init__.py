@@ -1,16 +1,21 @@
 """How weights are updated: parameter groups, schedules, clipping, and the one optimizer that torch lacks."""
 
-from tameformer.optim.clipping import clip_norm
+from tameformer.optim.adaptive_clip import AdaptiveClip
+from tameformer.optim.clipping import Clip, NormClip, clip_norm
 from tameformer.optim.groups import Rule, Selector, decay_groups, is_any, is_matrix, parameter_groups
 from tameformer.optim.lars import LARS
-from tameformer.optim.settings import OptimConfig, Schedule, optimizers, schedule, warmup_steps
+from tameformer.optim.settings import OptimConfig, Schedule, clip, optimizers, schedule, warmup_steps
 
 __all__ = [
     "LARS",
+    "AdaptiveClip",
+    "Clip",
+    "NormClip",
     "OptimConfig",
     "Rule",
     "Schedule",
     "Selector",
+    "clip",
     "clip_norm",
     "decay_groups",
     "is_any",

@@ -5,13 +5,81 @@ References:
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 Norms = Callable[[Sequence[nn.Parameter], Tensor], None]
 """Takes the parameters that have a gradient, and the norm of each gradient after clipping, (parameters,)."""
+
+
+@runtime_checkable
+class Clip(Protocol):
+    """Makes the gradients of a step smaller where it sees fit."""
+
+    def __call__(self, *, tell_norms: Norms | None = None) -> Tensor:
+        """Scale the gradients, and return their joint norm before."""
+        ...
+
+    def settle(self, taken: Tensor | bool) -> None:
+        """Hear whether the step was taken; what was not leaves no trace."""
+        ...
+
+    def readings(self) -> Mapping[str, Tensor]:
+        """Of the last call: `clipped`, 1 or 0, where anything may be, and limits that move, on the device."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers for a checkpoint."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        ...
+
+
+class NormClip:
+    """Clips the joint norm of all gradients of optimizers, with the same bound at each step.
+
+    Args:
+        optimizers: Whose gradients.
+        max_norm: The bound; None measures and does not clip.
+
+    Example:
+        >>> weight = nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> NormClip([torch.optim.SGD([weight])], 1.0)(), weight.grad
+        (tensor(5.), tensor([0.6000, 0.8000]))
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer], max_norm: float | None) -> None:
+        self.optimizers, self.max_norm = tuple(optimizers), max_norm
+        self._readings: dict[str, Tensor] = {}
+
+    def __call__(self, *, tell_norms: Norms | None = None) -> Tensor:
+        """As `clip_norm`."""
+        groups = [group["params"] for optimizer in self.optimizers for group in optimizer.param_groups]
+        norm = clip_norm([parameter for group in groups for parameter in group], self.max_norm, tell_norms=tell_norms)
+        if self.max_norm is not None:
+            self._readings = {"clipped": (norm > self.max_norm).float()}
+        return norm
+
+    def settle(self, taken: Tensor | bool) -> None:
+        """Nothing is remembered."""
+
+    def readings(self) -> Mapping[str, Tensor]:
+        """Whether the norm was above the bound, where there is one."""
+        return self._readings
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing."""
 
 
 def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float | None, *, tell_norms: Norms | None = None) -> Tensor:
@@ -37,7 +105,7 @@ def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float | None, *, tel
     """
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-    if not gradients or not _alike(gradients):
+    if not gradients or not alike(gradients):
         norm = torch.nn.utils.get_total_norm(gradients)
         if hasattr(norm, "full_tensor"):  # the norm of the shards is not yet the norm
             norm = norm.full_tensor()  # pyright: ignore
@@ -71,7 +139,7 @@ def _factor_on_device(norm: Tensor, max_norm: float) -> Tensor:
     return torch.where(norm.isfinite(), (max_norm / norm).clamp(max=1.0), torch.ones_like(norm))
 
 
-def _alike(tensors: list[Tensor]) -> bool:
+def alike(tensors: list[Tensor]) -> bool:
     """Whether each is an ordinary tensor, all of one type and on one device."""
     first = tensors[0]
     return all(type(one) is Tensor and one.device == first.device and one.dtype == first.dtype for one in tensors)

@@ -1,6 +1,6 @@
 """From names in a configuration to optimizers and schedules: the one place where a string becomes code."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -10,6 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tameformer.optim import schedules
+from tameformer.optim.adaptive_clip import AdaptiveClip
+from tameformer.optim.clipping import Clip, NormClip
 from tameformer.optim.groups import Rule, assign, decay_groups, decay_rules, is_matrix
 from tameformer.optim.lars import LARS
 
@@ -45,6 +47,8 @@ class OptimConfig:
     """Last learning rate as a share of the peak (schedules that decay)."""
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this joint norm; null measures and does not clip."""
+    clipping: Literal["norm", "adaptive"] = "norm"
+    """`adaptive` also scales each group's gradients down where they are a spike against its past (`tame.AdaptiveClip`)."""
     ema_decay: float | None = None
     """Evaluate and keep an exponential moving average of the weights with this decay per step."""
 
@@ -116,6 +120,19 @@ def schedule(config: OptimConfig, *, total_steps: int) -> Schedule:
     elif config.final_lr_ratio:
         raise ValueError(f"optim.final_lr_ratio has no meaning for the schedule {config.schedule}; set it to 0")
     return partial(_SCHEDULES[config.schedule], **settings)
+
+
+def clip(optimizers: Sequence[Optimizer], config: OptimConfig) -> Clip:
+    """The clipping that the configuration names.
+
+    Example:
+        >>> weight = nn.Parameter(torch.ones(2))
+        >>> type(clip([torch.optim.SGD([weight])], OptimConfig(clipping="adaptive"))).__name__
+        'AdaptiveClip'
+    """
+    if config.clipping == "adaptive":
+        return AdaptiveClip(optimizers, max_norm=config.max_grad_norm)
+    return NormClip(optimizers, config.max_grad_norm)
 
 
 def optimizers(

@@ -18,7 +18,7 @@ from tameformer.errors import ConfigError
 from tameformer.health import Policy
 from tameformer.models import Architecture
 from tameformer.nn.attention import set_compute_dtype
-from tameformer.optim import optimizers, schedule, warmup_steps
+from tameformer.optim import clip, optimizers, schedule, warmup_steps
 from tameformer.recipes.config import RecipeConfig
 from tameformer.recipes.stabilize import PROFILE, apply_methods
 from tameformer.record import CHECKPOINTS
@@ -129,7 +129,7 @@ def assemble(
         schedule=rates,
         max_steps=max_steps,
         unit=unit,
-        max_grad_norm=config.optim.max_grad_norm,
+        clip=clip(updated_by, config.optim),
         ema_decay=config.optim.ema_decay,
         evaluate=evaluate,
         test=test,

@@ -197,7 +197,7 @@ class Loop:
                     self.run.optimizers,
                     micro_batches,
                     self.run.loss,
-                    max_grad_norm=self.run.max_grad_norm,
+                    clip=self.run.clip,
                     tell_norms=None if watch is None else watch.tell_norms,
                     limits=self._before_update,
                     stop_requested=self.stop.signal_number is not None,
@@ -207,7 +207,7 @@ class Loop:
                 self._cut_smaller()
         self._write_lines()  # the last step's numbers have come while this one was launched
         self.step += 1
-        numbers = {"loss": result.loss_sum, "norm": result.grad_norm, "taken": result.taken}
+        numbers = {"loss": result.loss_sum, "norm": result.grad_norm, "taken": result.taken, **result.clip}
         self._pending = _Pending(self.step, self.interval, result, Readings(numbers))
         every = self.run.checkpoint.every
         if (
@@ -248,7 +248,7 @@ class Loop:
         numbers, result = pending.readings.values(), pending.result
         loss, norm, taken = numbers["loss"] / result.num_items, numbers["norm"], bool(numbers["taken"])
         if taken:
-            pending.interval.add(loss, norm, result.num_items)
+            pending.interval.add(loss, norm, result.num_items, clip={key: numbers[key] for key in result.clip})
             if self.average is not None:
                 self.average.update_parameters(self.run.model)
         else:
@@ -355,7 +355,7 @@ class Loop:
 
     def _write_line(self, line: _Line, interval: Interval, measured: Mapping[str, float]) -> dict[str, float]:
         run = self.run
-        values = {"epoch": line.epoch, **interval.line(max_grad_norm=run.max_grad_norm), "train/lr": line.rate}
+        values = {"epoch": line.epoch, **interval.line(), "train/lr": line.rate}
         if run.watch is not None:
             values |= run.watch.summary(measured)
         if len(interval):
@@ -458,6 +458,7 @@ class Loop:
                 "anchors": self.anchors,
                 "parts": self.parts,
                 "guard": self.run.guard.state(),
+                "clip": self.run.clip.state_dict(),
                 "detectors": {} if self.run.detectors is None else self.run.detectors.state(),
                 "status": self.status,
                 "interval": self.interval.state(),
@@ -489,6 +490,7 @@ class Loop:
         # What memory cannot hold is not forgotten by going back; checkpoints of runs begun before this was kept say nothing.
         self.parts = max(self.parts, snapshot.state.get("parts", 1))
         self.run.guard.load(snapshot.state["guard"])
+        self.run.clip.load_state_dict(snapshot.state.get("clip", {}))
         if self.run.detectors is not None:
             self.run.detectors.load(snapshot.state.get("detectors", {}))
         self.selection = Selection(**snapshot.state["selection"])

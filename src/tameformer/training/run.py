@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tameformer.optim.clipping import Clip
 from tameformer.training.checkpoint import CheckpointConfig
 from tameformer.training.engine import Engine
 from tameformer.training.recovery import Detectors, Guard
@@ -109,8 +110,8 @@ class Run:
     """Optimizer steps in the whole run."""
     unit: str
     """What `num_items` counts: "samples" or "tokens"."""
-    max_grad_norm: float | None = None
-    """Joint norm that gradients are clipped to."""
+    clip: Clip
+    """Makes the gradients of these optimizers smaller where it sees fit."""
     ema_decay: float | None = None
     """Decay of the average of the weights that is evaluated and saved."""
     evaluate: Evaluation | None = None

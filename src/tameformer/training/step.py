@@ -8,9 +8,9 @@ A step that runs out of memory changes nothing either, on any process; the calle
 """
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -19,8 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from tameformer.errors import OutOfMemoryError
-from tameformer.optim import clip_norm
-from tameformer.optim.clipping import Norms
+from tameformer.optim.clipping import Clip, Norms
 from tameformer.training.engine import Engine
 from tameformer.training.memory import Batch, in_parts, is_out_of_memory, num_rows
 
@@ -54,6 +53,8 @@ class StepResult:
     """Whether any process was asked to stop."""
     suspects: Sequence[nn.Parameter] = ()
     """Whose gradient was not finite, where somebody looked: on an accelerator the gradients are gone by then."""
+    clip: Mapping[str, Tensor] = field(default_factory=dict)
+    """What clipping did: `clipped`, 1 or 0, and limits that move."""
 
 
 def train_step(
@@ -63,7 +64,7 @@ def train_step(
     micro_batches: Sequence[Batch],
     loss: Loss,
     *,
-    max_grad_norm: float | None,
+    clip: Clip,
     tell_norms: Norms | None = None,
     limits: Limits = any_finite,
     stop_requested: bool = False,
@@ -81,7 +82,7 @@ def train_step(
         optimizers: Together they hold each parameter once.
         micro_batches: This process's share of the step, not empty.
         loss: Sum over the targets of a batch.
-        max_grad_norm: None measures the norm and does not clip.
+        clip: Of the same optimizers.
         tell_norms: Given the norms of single gradients that clipping computes anyway.
         limits: What the step is refused beyond. All processes must answer alike.
         stop_requested: This process's wish to stop; the answer is common to all processes.
@@ -123,7 +124,7 @@ def train_step(
             return None
         backward.join()
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    own_norm = clip_norm(parameters, max_grad_norm, tell_norms=tell_norms)
+    own_norm = clip(tell_norms=tell_norms)
     # One exchange for all; the mean of the norms is the same number on all processes, whatever their hardware rounds to.
     failed = loss_sum is None
     loss_sum = own_norm.new_zeros(()) if loss_sum is None else loss_sum
@@ -132,15 +133,17 @@ def train_step(
         told.append(torch.full_like(loss_sum, float(failed)))
     sums = engine.sum_tensor(torch.stack(told))
     if engine.world_size > 1 and bool(sums[2]):
+        clip.settle(False)
         _zero_grad(optimizers)
         return None
     loss_sum, grad_norm = sums[0], sums[1] / engine.world_size
     taken = update(optimizers, loss_sum, grad_norm, num_items=num_items, limits=limits())
+    clip.settle(taken)
     suspects = [] if taken is not False or bool(grad_norm.isfinite()) else [p for p in parameters if _is_broken(p)]
     _zero_grad(optimizers)
     if not isinstance(taken, Tensor):
         taken = torch.tensor(float(taken), dtype=loss_sum.dtype)
-    return StepResult(loss_sum, num_items, grad_norm, taken, bool(stops), suspects)
+    return StepResult(loss_sum, num_items, grad_norm, taken, bool(stops), suspects, clip.readings())
 
 
 class _Backward:
