@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tameformer.health import Detectors, DetectorsConfig, Diagnosis, Guard, GuardConfig, Monitor, diagnose
     from tameformer.nn.attention.attend import attend
     from tameformer.nn.attention.entropy import attention_entropy
+    from tameformer.optim import AdaptiveClip
     from tameformer.patch import PatchHandle
     from tameformer.patch.heads import gate_heads, head_importance, prune_heads
     from tameformer.recipes.export import Exported, export, load
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from tameformer.studies import compare
 
 _HOMES = {
+    "AdaptiveClip": "tameformer.optim",
     "load_pretrained": "tameformer.recipes.pretrained",
     "reinit_top": "tameformer.finetune",
     "prior_decay": "tameformer.finetune",
@@ -81,6 +83,7 @@ _HOMES = {
     "z_loss": "tameformer.stabilizers",
 }
 __all__ = [
+    "AdaptiveClip",
     "Detectors",
     "DetectorsConfig",
     "Diagnosis",

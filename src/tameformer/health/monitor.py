@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tameformer.errors import RecordError
+from tameformer.health.detectors import Detectors
 from tameformer.probes import Probe, Watch, default_probes
 from tameformer.readings import Readings
-from tameformer.record import LOG, RunWriter
+from tameformer.record import LOG, RunReader, RunWriter
 
 logger = logging.getLogger(__name__)
+_OF_A_STEP = "perf/step_seconds"  # in the lines that a step wrote, and in no other
 
 Tracker = Callable[[int, Mapping[str, float]], object]
 """Told the step and the measurements of each line of the log."""
@@ -38,6 +40,8 @@ class Monitor:
         begins: The loop calls `begin` before each step; else a step begins where the last one ended.
         trackers: Called with the step and the measurements of each line, such as
             `tame.integrations.trackers.tracker("wandb")`.
+        detectors: What is warned of, in the log and as events; None takes all at their defaults. A run that goes on is
+            warned as if it had never stopped, because what its folder holds is measured up before.
 
     Raises:
         RecordError: The folder holds a run already, and `start_step` is 0.
@@ -67,11 +71,13 @@ class Monitor:
         start_step: int = 0,
         begins: bool = False,
         trackers: Sequence[Tracker] = (),
+        detectors: Detectors | None = None,
     ) -> None:
         self.folder = Path(output_dir)
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self.steps_done, self.logging_steps = start_step, logging_steps or every
         self.trackers = list(trackers)
+        self.detectors = Detectors() if detectors is None else detectors
         if probes is None:
             probes = [(probe, every) for probe in default_probes(model, self.optimizers)]
         self.watch = Watch(model, probes, optimizers=self.optimizers)
@@ -90,6 +96,9 @@ class Monitor:
             self._writer = RunWriter(self.folder, resume_step=start_step or None)
             kind, message = ("resume", f"resumed after step {start_step}") if start_step else ("start", "started")
             self._writer.event(start_step, kind, message)
+            if start_step:
+                for step, values in measurements(RunReader(self.folder)):
+                    self.detectors.observe(step, values)
             if not begins:
                 self.begin()
 
@@ -186,17 +195,27 @@ class Monitor:
             measured = {key: value for key, value in values.items() if key.startswith("diag/")}
             if measured:
                 self._writer.probe(step, measured)
+            line: dict[str, float] = {}
             if logged:
                 line = {key: value for key, value in values.items() if key not in measured}
                 line |= {**self.watch.summary(measured), **numbers}
                 self._writer.log(step, line)
                 self._track(step, line)
+            self._judge(step, {**line, **measured})
 
     def _log(self, group: str, metrics: Mapping[str, float]) -> None:
         if self._writer is not None:
             values = {f"{group}/{name}": float(value) for name, value in metrics.items()}
             self._writer.log(self.steps_done, values)
             self._track(self.steps_done, values)
+            self._judge(self.steps_done, values)
+
+    def _judge(self, step: int, values: Mapping[str, float]) -> None:
+        """Tell what the detectors make of the measurements."""
+        assert self._writer is not None
+        for verdict in self.detectors.observe(step, values):
+            self._writer.event(step, "verdict", str(verdict), **verdict.details)
+            logger.warning("step %d: %s", step, verdict)
 
     def _track(self, step: int, values: Mapping[str, float]) -> None:
         for tracker in self.trackers:
@@ -210,3 +229,15 @@ class Monitor:
             message = f"not measured: {'; '.join(unseen)}"
             self._writer.event(self.steps_done, "unseen", message)
             logger.warning(message)
+
+
+def measurements(reader: RunReader) -> Iterator[tuple[int, dict[str, float]]]:
+    """What a monitor has written, in the order and the parts in which its detectors were told of it."""
+    probes = [(int(line.pop("step")), line) for line in reader.probes()]
+    for line in reader.log():
+        step = int(line.pop("step"))
+        while probes and probes[0][0] < step:
+            yield probes.pop(0)
+        measured = probes.pop(0)[1] if _OF_A_STEP in line and probes and probes[0][0] == step else {}
+        yield step, {**line, **measured}
+    yield from probes

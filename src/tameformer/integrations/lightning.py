@@ -1,7 +1,7 @@
 """The measurements of `Monitor` in the Trainer of Lightning."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tameformer.errors import missing_extra
-from tameformer.health import Monitor
+from tameformer.health import Detectors, Monitor
 from tameformer.health.monitor import Tracker
 from tameformer.integrations.monitored import monitored
 from tameformer.probes import Probe
@@ -37,6 +37,7 @@ class TameCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
         every: Optimizer steps from one measurement to the next, and from one line of the log to the next.
         probes: Probes with a cadence each; None takes `tameformer.probes.default_probes` at `every`.
         trackers: Called with the step and the measurements of each line, see `tameformer.integrations.trackers`.
+        detectors: Builds what is warned of, for each training anew, such as `tame.DetectorsConfig(data_wait=None).build`.
 
     Raises:
         RecordError: When training begins at step 0 and `output_dir` holds a run already.
@@ -55,7 +56,9 @@ class TameCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
         every: int = 10,
         probes: Sequence[tuple[Probe, int]] | None = None,
         trackers: Sequence[Tracker] = (),
+        detectors: Callable[[], Detectors] = Detectors,
     ) -> None:
+        self.detectors = detectors
         self.output_dir, self.model, self.every, self.probes = output_dir, model, every, probes
         self.trackers = tuple(trackers)
         self.monitor: Monitor | None = None
@@ -90,6 +93,7 @@ class TameCallback(Callback):  # pyright: ignore[reportGeneralTypeIssues]
             every=self.every,
             probes=self.probes,
             trackers=self.trackers,
+            detectors=self.detectors(),
         )
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -1,11 +1,11 @@
 """The measurements of `Monitor` in the Hugging Face Trainer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tameformer.errors import missing_extra
-from tameformer.health import Monitor
+from tameformer.health import Detectors, Monitor
 from tameformer.health.monitor import Tracker
 from tameformer.integrations.monitored import monitored
 from tameformer.probes import Probe
@@ -34,6 +34,7 @@ class TameCallback(TrainerCallback):
         every: Optimizer steps from one measurement to the next, and from one line of the log to the next.
         probes: Probes with a cadence each; None takes `tameformer.probes.default_probes` at `every`.
         trackers: Called with the step and the measurements of each line, see `tameformer.integrations.trackers`.
+        detectors: Builds what is warned of, for each training anew, such as `tame.DetectorsConfig(data_wait=None).build`.
 
     Raises:
         RecordError: When training begins at step 0 and `output_dir` holds a run already.
@@ -50,7 +51,9 @@ class TameCallback(TrainerCallback):
         every: int = 10,
         probes: Sequence[tuple[Probe, int]] | None = None,
         trackers: Sequence[Tracker] = (),
+        detectors: Callable[[], Detectors] = Detectors,
     ) -> None:
+        self.detectors = detectors
         self.output_dir, self.every, self.probes, self.trackers = output_dir, every, probes, tuple(trackers)
         self.monitor: Monitor | None = None
         """What does the work, from the beginning of training on."""
@@ -77,6 +80,7 @@ class TameCallback(TrainerCallback):
             every=self.every,
             probes=self.probes,
             trackers=self.trackers,
+            detectors=self.detectors(),
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
