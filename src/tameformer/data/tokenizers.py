@@ -150,6 +150,17 @@ class BPETokenizer:
         """Number of ids, special tokens included."""
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    def special_id(self, name: str) -> int:
+        """The id of a special token, such as "<mask>".
+
+        Raises:
+            DataError: The tokenizer has no such token.
+        """
+        found = self._tokenizer.token_to_id(name)
+        if found is None:
+            raise DataError(f"the tokenizer has no token {name}; train one with special_tokens that hold it")
+        return found
+
     def encode(self, text: str) -> Int64[np.ndarray, " tokens"]:
         """The ids of a text, no special tokens added; an empty text has none."""
         return self.encode_batch([text])[0]

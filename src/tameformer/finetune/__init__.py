@@ -2,8 +2,8 @@
 
 from tameformer.finetune.freeze import GradualUnfreezing, freeze, one_by_one
 from tameformer.finetune.heads import check_fit
-from tameformer.finetune.layer_decay import LayerGroups, layer_decay_groups
-from tameformer.finetune.mixout import Mixout, mixout, per_neuron, per_weight
+from tameformer.finetune.layer_decay import LayerGroups, layer_decay_groups, scale_rates
+from tameformer.finetune.mixout import Mixout, mixout, per_neuron, per_weight, plain_tensors
 from tameformer.finetune.places import Place, places
 from tameformer.finetune.prior_decay import prior_decay
 from tameformer.finetune.reinit import reinit_top
@@ -21,6 +21,8 @@ __all__ = [
     "per_neuron",
     "per_weight",
     "places",
+    "plain_tensors",
     "prior_decay",
     "reinit_top",
+    "scale_rates",
 ]

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from tameformer.finetune.places import Place, PlaceOf, places
 from tameformer.optim.groups import Rule, Selector, assign, is_matrix
@@ -64,8 +65,9 @@ def layer_decay_groups(
         head                     0.001     0.01            24
         head no decay            0.001        0             3
     """
-    if not 0 < rate <= 1 or not math.isfinite(lr) or lr < 0:
-        raise ValueError(f"expected a rate above 0 and at most 1, and a finite lr, got {rate} and {lr}")
+    _check_rate(rate)
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"expected a finite lr of at least 0, got {lr}")
     found = place_of(model)
     missing = [name for name, one in model.named_parameters() if one.requires_grad and name not in found]
     if missing:
@@ -84,6 +86,43 @@ def layer_decay_groups(
         ):
             group["name"] = group["name"].removesuffix(" no decay")
     return LayerGroups(groups)
+
+
+def scale_rates(model: nn.Module, optimizers: Sequence[Optimizer], rate: float, *, place_of: PlaceOf = places) -> None:
+    """As `layer_decay_groups`, for optimizers that exist: each group is cut by layers, and its rate scaled in each.
+
+    Call it before the first step and before a scheduler takes the rates.
+
+    Example:
+        >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        >>> model = nn.Sequential(nn.Embedding(9, 8), nn.TransformerEncoder(layer, 2), nn.Linear(8, 3))
+        >>> import torch
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=8.0)
+        >>> scale_rates(model, [optimizer], 0.5)
+        >>> [(group["name"], group["lr"]) for group in optimizer.param_groups]
+        [('embeddings', 1.0), ('1.layers.0', 2.0), ('1.layers.1', 4.0), ('head', 8.0)]
+    """
+    _check_rate(rate)
+    found = place_of(model)
+    names = {id(one): name for name, one in model.named_parameters()}
+    for optimizer in optimizers:
+        given, optimizer.param_groups[:] = list(optimizer.param_groups), []
+        for group in given:
+            by_place: dict[Place, list[nn.Parameter]] = {}
+            for one in group["params"]:
+                by_place.setdefault(found[names[id(one)]], []).append(one)
+            for place in sorted(by_place, key=lambda place: (-place.above, place.layer)):
+                part = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+                name = f"{place.layer} {group['name']}" if "name" in group else place.layer
+                told = [names[id(one)] for one in by_place[place]]
+                more = {"param_names": told} if "param_names" in group else {}
+                lr = group["lr"] * rate**place.above
+                optimizer.add_param_group({**part, **more, "name": name, "lr": lr, "params": by_place[place]})
+
+
+def _check_rate(rate: float) -> None:
+    if not 0 < rate <= 1:
+        raise ValueError(f"expected a rate above 0 and at most 1, got {rate}; it is the factor from layer to layer")
 
 
 def _at(found: Mapping[str, Place], place: Place, also: Selector | None = None) -> Selector:

@@ -12,7 +12,8 @@ p = 0.9; W0 is saved and moved with the model; each weight has its own M unless 
 published code does; layers without a pretrained weight, such as a new head, are left alone.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 import torch
@@ -21,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.errors import PatchError
+from tameformer.finetune.prior_decay import SUFFIX
 from tameformer.patch import PatchHandle, Selector, blocks, select
 from tameformer.patch.parametrized import chain_of, parametrize, unparametrize
 from tameformer.stabilizers.sigma_weight import is_sharded
@@ -146,3 +148,24 @@ def _check(full: str, module: nn.Module, name: str, weight: nn.Parameter | None,
         raise PatchError(f"{full} is sharded over processes; patch the model first, then shard it")
     if counts[id(weight)] > 1:
         raise PatchError(f"{full} is tied to another weight, which would then be another; untie it, or leave it out")
+
+
+def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state without what `mixout` and `prior_decay` keep in it: the weights as they were trained, by their plain names.
+
+    Example:
+        >>> layer = nn.Linear(2, 2, bias=False)
+        >>> handle = mixout(layer, where=lambda name, module: True)
+        >>> list(layer.state_dict()), list(plain_tensors(layer.state_dict()))
+        (['parametrizations.weight.original', 'parametrizations.weight.0.target'], ['weight'])
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        if name.endswith(SUFFIX) and name.removesuffix(SUFFIX) in tensors:
+            continue
+        if re.search(r"parametrizations\.\w+\.0\.target$", name):
+            continue
+        if f"{name.removesuffix('original')}0.target" in tensors:
+            name = re.sub(r"parametrizations\.(\w+)\.original$", r"\1", name)
+        found[name] = tensor
+    return found

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tameformer.errors import CheckpointError, ConfigError, PatchError
+from tameformer.finetune import plain_tensors
 from tameformer.models import Architecture
 from tameformer.patch import PatchHandle
 from tameformer.recipes.assemble import ARCHITECTURE, read_profile, seeded
@@ -188,7 +189,7 @@ def _folded(
         model, handles = _changed(architecture, methods, read_profile(folder))
     except PatchError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    load_model_tensors(model, _average(snapshot.average) if weights == "ema" else snapshot.model)
+    load_model_tensors(model, plain_tensors(_average(snapshot.average) if weights == "ema" else snapshot.model))
     return model, handles, _fold(handles), int(snapshot.state["step"]), weights
 
 
