@@ -16,10 +16,12 @@ FOLDER = Path(__file__).parent / "yaml"
 TASKS = {
     "vision": "tameformer.recipes.vision",
     "contrastive": "tameformer.recipes.contrastive",
+    "graph": "tameformer.recipes.graph",
     "masked-image": "tameformer.recipes.masked_image",
     "char-lm": "tameformer.recipes.char_lm",
     "formal": "tameformer.recipes.formal",
     "lm": "tameformer.recipes.lm",
+    "speech": "tameformer.recipes.speech",
     "translation": "tameformer.recipes.translation",
     "masked-lm": "tameformer.recipes.masked_lm",
     "text-classification": "tameformer.recipes.text_classification",
