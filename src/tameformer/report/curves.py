@@ -188,4 +188,4 @@ def _mark_broken(axes: Axes, lines: Sequence[Line]) -> str:
 
 
 def _is_trouble(kind: str) -> bool:
-    return kind in ("rollback", "diverged", "guard_yields") or kind.endswith(("_failed", "_skipped"))
+    return kind in ("rollback", "diverged", "guard_yields", "verdict") or kind.endswith(("_failed", "_skipped"))

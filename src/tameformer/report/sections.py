@@ -23,7 +23,7 @@ from tameformer.report.trouble import Trouble, first_trouble
 from tameformer.report.verdict import best
 from tameformer.report.wording import direction, label, quantity
 
-UNDRAWN = ("epoch", "perf/elapsed_seconds", "perf/step_seconds", "train/clip_rate")
+UNDRAWN = ("epoch", "perf/elapsed_seconds", "perf/step_seconds", "perf/data_wait", "train/clip_rate")
 SHOWN_FIRST = ("train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_second", "perf/samples_per_second")
 
 

@@ -1,5 +1,6 @@
 """What a run's record says, in words: pure functions of what was logged, each finding with its step and its number."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,8 +9,9 @@ import numpy as np
 from tameformer.limits import ALWAYS_CLIPPED, ENTROPY_COLLAPSED, OVER_FITTING_RISE
 from tameformer.report.loss import Departure, departure, smoothed
 from tameformer.report.quantities import quantity_of
-from tameformer.report.read import Probe, Run, Series, share_of
+from tameformer.report.read import Event, Probe, Run, Series, share_of
 from tameformer.report.trouble import COLLAPSE, first_trouble, onsets
+from tameformer.report.warned import sentence, standing
 from tameformer.report.wording import direction, label, listed, number, quantity
 
 Level = Literal["good", "note", "bad"]
@@ -46,17 +48,19 @@ class Verdict:
 def judge(run: Run) -> Verdict:
     """The verdict on a run, from its log, probes and events alone."""
     state, headline = run_state(run)
-    trouble = first_trouble(run)
+    trouble, warned = first_trouble(run), standing(run.events)
     findings = [
         Finding(trouble.level, trouble.text) if trouble is not None and trouble.probe != "train/loss" else None,
+        *map(warning, warned.values()),
         non_finite(run.log),
         non_finite_probes(run.probes),
         loss_course(run.log.get("train/loss"), diverged=state == "diverged"),
         *(metric_course(key, series) for key, series in run.log.items() if is_metric(key)),
         *(test_result(key, series) for key, series in run.log.items() if key.startswith("test/")),
-        over_fitting(run.log.get("train/loss"), run.log.get("eval/loss")),
-        clipping(run.log.get("train/clip_rate")),
-        *collapsed_attention(run),
+        # What the detectors told is not told again in other words.
+        over_fitting(run.log.get("train/loss"), run.log.get("eval/loss")) if "eval/loss" not in warned else None,
+        clipping(run.log.get("train/clip_rate")) if "clip_rate" not in warned else None,
+        *(collapsed_attention(run) if "attention_entropy" not in warned else ()),
     ]
     worst_first = {"bad": 0, "note": 1, "good": 2}
     told = sorted((finding for finding in findings if finding is not None), key=lambda it: worst_first[it.level])
@@ -88,6 +92,12 @@ def run_state(run: Run) -> tuple[State, str]:
     if ended == "stop":
         return "stopped", f"Stopped at step {last:,}, before its end."
     return "unfinished", f"Not finished: still running, or killed. The last record is of step {last:,}{_planned(run)}."
+
+
+def warning(verdicts: Sequence[Event]) -> Finding:
+    """What a detector told during the run."""
+    is_bad, text = sentence(verdicts)
+    return Finding("bad" if is_bad else "note", text)
 
 
 def non_finite(log: dict[str, Series]) -> Finding | None:
