@@ -413,6 +413,8 @@ def test_every_builder_goes_through_plain_values(builder):
         "encoder": {"vocab_size": 20},
         "encoder_decoder": {"vocab_size": 20, "padding_id": 0},
         "recurrent_decoder": {"vocab_size": 20},
+        "recurrent_recognizer": {"num_features": 8, "vocab_size": 20},
+        "speech_recognizer": {"num_features": 8, "vocab_size": 20},
         "vision_classifier": {"num_classes": 3, "image_size": (8, 4), "channels": 1},
     }[builder]
     config_class = BUILDERS[builder][1]

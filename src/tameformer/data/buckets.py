@@ -5,6 +5,7 @@ fewer lengths than with random batches, and the number of samples varies from st
 """
 
 from bisect import bisect_right
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Int64, Integer
@@ -30,7 +31,7 @@ class TokenBuckets:
 
     def __init__(
         self,
-        lengths: Integer[np.ndarray, " samples"] | Integer[np.ndarray, "samples sides"],
+        lengths: Integer[np.ndarray, " samples"] | Integer[np.ndarray, "samples sides"] | Callable[[int], np.ndarray],
         max_tokens: int,
         seed: int,
         *,
@@ -40,7 +41,8 @@ class TokenBuckets:
         """Plan batches over samples of known lengths.
 
         Args:
-            lengths: Tokens of each sample, or of each of its sides (source, target), which are padded apart.
+            lengths: Tokens of each sample, or of each of its sides (source, target), which are padded apart; or a function from
+                the epoch to them, for samples that are made anew in every epoch.
             max_tokens: Bound on the padded tokens of a batch, all sides together.
             seed: Data seed.
             min_batch_size: Fewest samples in a batch: processes x accumulation, so that each has one.
@@ -49,8 +51,8 @@ class TokenBuckets:
         Raises:
             DataError: No sample, fewer than `min_batch_size`, or `max_tokens` cannot hold that many of the longest.
         """
-        self._lengths = _two_axes(lengths)
-        _check_fits(self._lengths, max_tokens, min_batch_size)
+        self._lengths = lengths if callable(lengths) else lambda epoch: lengths
+        _check_fits(_two_axes(self._lengths(0)), max_tokens, min_batch_size)
         if noise < 0:
             raise ValueError(f"noise must not be negative, got {noise}")
         self.max_tokens, self.min_batch_size, self.seed, self.noise = max_tokens, min_batch_size, seed, noise
@@ -84,10 +86,12 @@ class TokenBuckets:
     def _batches(self, epoch: int) -> list[Int64[np.ndarray, " batch"]]:
         """All batches of an epoch in their order."""
         if self._planned is None or self._planned[0] != epoch:
-            samples = SampleKeys(self.seed, epoch, np.arange(len(self._lengths), dtype=np.int64))
+            lengths = _two_axes(self._lengths(epoch))
+            _check_fits(lengths, self.max_tokens, self.min_batch_size)
+            samples = SampleKeys(self.seed, epoch, np.arange(len(lengths), dtype=np.int64))
             draws = uniforms(samples, 1, "bucket")[:, 0]
-            order = np.argsort(self._lengths.max(axis=1) + self.noise * draws, kind="stable")
-            bounds = _cut(self._lengths[order], self.max_tokens, self.min_batch_size)
+            order = np.argsort(lengths.max(axis=1) + self.noise * draws, kind="stable")
+            bounds = _cut(lengths[order], self.max_tokens, self.min_batch_size)
             cut = np.split(order, bounds[1:-1])
             shuffled = permutation(len(cut), seed=self.seed, epoch=epoch, salt="bucket order")
             self._planned = epoch, [cut[place] for place in shuffled]
