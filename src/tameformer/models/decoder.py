@@ -55,7 +55,7 @@ class Decoder(nn.Module):
 
     def new_cache(self) -> StackCache:
         """An empty cache to generate with."""
-        return StackCache(len(self.stack.layers))
+        return self.stack.new_cache()
 
     def forward(
         self,

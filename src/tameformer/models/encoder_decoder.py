@@ -70,7 +70,7 @@ class EncoderDecoder(nn.Module):
 
     def new_cache(self) -> StackCache:
         """An empty cache to decode with."""
-        return StackCache(len(self.decoder.layers))
+        return self.decoder.new_cache()
 
     def encode(self, source: Source, *, source_mask: SourceMask | None = None) -> Memory:
         """The encoder's outputs; `source_mask` is True at real tokens, None takes all that are not `padding_id`."""

@@ -189,6 +189,10 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = nn.Identity() if norm is None else norm
 
+    def new_cache(self) -> StackCache:
+        """An empty cache with room for every layer's keys and values."""
+        return StackCache(len(self.layers))
+
     def forward(self, x: Stream, **kwargs) -> Stream:
         """The stream after the last layer; keywords go to every layer."""
         for index, layer in enumerate(self.layers):

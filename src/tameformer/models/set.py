@@ -1,0 +1,101 @@
+"""A classifier of sets: no positions, so that the order of the elements does not matter.
+
+Zaheer et al. 2017, "Deep Sets", arXiv:1703.06114; Lee et al. 2018, "Set Transformer", arXiv:1810.00825, without its inducing
+points.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from tameformer.models.initialize import Initializer, xavier_init
+from tameformer.models.parts import PARTS
+from tameformer.models.stack import Stack, StackConfig, layer_stack
+from tameformer.nn.embedding import TokenEmbedding
+from tameformer.nn.masks import padding_mask
+from tameformer.nn.pooling import Pooling
+from tameformer.shapes import Real
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetConfig(StackConfig):
+    """A classifier of sets."""
+
+    positions: Literal["none"] = "none"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A set has none."""
+    elements: Literal["tokens", "vectors"] = "vectors"
+    """Whether elements are numbers of a vocabulary, or real vectors."""
+    num_layers: int = 2
+    """Layers."""
+    pooling: Literal["class_token", "mean", "max", "attention", "softmax"] = "attention"
+    """How the outputs of all elements become one classification."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.attention == "windowed":
+            raise ValueError(
+                "expected attention full, linear or collaborative for sets, got windowed: it knows an order"
+            )
+
+
+class SetClassifier(nn.Module):
+    """Logits of the classes of a set, the same for every order of its elements; built by `set_classifier`."""
+
+    def __init__(self, stem: nn.Module, pooling: Pooling, dropout: float, stack: Stack, head: nn.Linear):
+        super().__init__()
+        self.stem = stem
+        self.pooling = pooling
+        self.dropout = nn.Dropout(dropout)
+        self.stack = stack
+        self.head = head
+
+    def features(
+        self, elements: Int[Tensor, "batch seq"] | Float[Tensor, "batch seq width"], *, real: Real | None = None
+    ) -> Float[Tensor, "batch extended dim"]:
+        """Outputs at all elements, in their order, a class token first if there is one."""
+        x = self.pooling.extend(self.stem(elements))
+        return self.stack(self.dropout(x), mask=None if real is None else padding_mask(self._extended(real)))
+
+    def forward(
+        self, elements: Int[Tensor, "batch seq"] | Float[Tensor, "batch seq width"], *, real: Real | None = None
+    ) -> Float[Tensor, "batch classes"]:
+        """Logits of the classes; `real` is True at real elements, None says that none is padding."""
+        features = self.features(elements, real=real)
+        return self.pooling(features, self.head, None if real is None else self._extended(real))
+
+    def _extended(self, real: Tensor) -> Tensor:
+        extra = self.pooling.extra_tokens
+        return torch.cat([real.new_ones(len(real), extra), real], 1) if extra else real
+
+
+def set_classifier(
+    config: SetConfig, *, input_size: int, num_classes: int, initialize: Initializer = xavier_init
+) -> SetClassifier:
+    """A classifier with fresh weights, the same for the same `torch.manual_seed`.
+
+    Args:
+        config: its shape.
+        input_size: size of the vocabulary where elements are tokens, width of an element where they are vectors.
+        num_classes: classes.
+        initialize: sets the weights.
+
+    Example:
+        >>> model = set_classifier(SetConfig(dim=16), input_size=3, num_classes=10)
+        >>> model(torch.zeros(2, 50, 3)).shape
+        torch.Size([2, 10])
+    """
+    is_tokens = config.elements == "tokens"
+    model = SetClassifier(
+        TokenEmbedding(input_size, config.dim, scale=config.dim**0.5)
+        if is_tokens
+        else nn.Linear(input_size, config.dim),
+        PARTS["pooling"][config.pooling](config.dim),
+        config.dropout,
+        layer_stack(config, num_layers=config.num_layers, max_length=1),
+        nn.Linear(config.dim, num_classes),
+    )
+    initialize(model)
+    return model
