@@ -275,6 +275,6 @@ def scores(labels: np.ndarray, guesses: np.ndarray) -> dict[str, float]:
     average: Any = "binary" if max(labels.max(), guesses.max()) < 2 else "macro"
     return {
         "accuracy": float(accuracy_score(labels, guesses)),
-        "f1": float(f1_score(labels, guesses, average=average, zero_division=0.0)),
+        "f1": float(f1_score(labels, guesses, average=average, zero_division=0.0)),  # pyright: ignore[reportArgumentType]
         "matthews": float(matthews_corrcoef(labels, guesses)),
     }
