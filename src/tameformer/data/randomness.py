@@ -46,6 +46,11 @@ def permutation(size: int, *, seed: int, epoch: int, salt: int | str) -> np.ndar
     return np.random.Generator(np.random.Philox(key=key)).permutation(size)
 
 
+def generator(*, seed: int, epoch: int, salt: int | str) -> np.random.Generator:
+    """A generator whose numbers are a pure function of its arguments, for what belongs to no single sample."""
+    return np.random.Generator(np.random.Philox(key=np.array([_stream(seed, epoch, salt), 0], dtype=np.uint64)))
+
+
 def _stream(seed: int, epoch: int, salt: int | str) -> int:
     number = zlib.crc32(salt.encode()) if isinstance(salt, str) else salt
     word = 0

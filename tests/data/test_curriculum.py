@@ -1,0 +1,72 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tameformer.data import LengthCurriculum, Plan, ShuffledBatches
+from tameformer.data.buckets import TokenBuckets
+from tameformer.data.curriculum import linear
+from tameformer.errors import DataError
+
+LENGTHS = np.random.default_rng(0).integers(1, 60, 200)
+
+
+def plan(**settings):
+    return LengthCurriculum(
+        ShuffledBatches(200, 8, seed=3), LENGTHS, **{"warmup_steps": 40, "batch_size": 8, "seed": 3, **settings}
+    )
+
+
+def test_goes_from_short_to_long_and_ends_as_the_other_plan():
+    one = plan(competence=linear)
+    assert isinstance(one, Plan)
+    longest = []
+    for step in range(40):
+        keys = one.batch(step)
+        allowed = np.sort(LENGTHS)[one.admitted(step) - 1]
+        assert LENGTHS[keys.indices].max() <= allowed
+        assert len(set(keys.indices.tolist())) == 8
+        longest.append(allowed)
+    assert longest == sorted(longest)
+    assert longest[0] < 10
+    assert longest[-1] > 50
+    for step in range(40, 90):
+        behind = ShuffledBatches(200, 8, seed=3).batch(step - 40)
+        keys = one.batch(step)
+        assert keys.indices.tolist() == behind.indices.tolist()
+        assert keys.epoch == behind.epoch + 1
+
+
+@given(step=st.integers(0, 300), before=st.lists(st.integers(0, 300), max_size=5))
+def test_a_step_is_a_pure_function_of_seed_and_step(step, before):
+    used = plan()
+    for other in before:
+        used.batch(other)
+    one, two = used.batch(step), plan().batch(step)
+    assert (one.seed, one.epoch, one.indices.tolist()) == (two.seed, two.epoch, two.indices.tolist())
+    assert used.locate(step) == plan().locate(step)
+
+
+def test_epochs_cover_the_steps():
+    one = plan()
+    for epoch, first in ((0, 0), (1, 40), (2, 65)):
+        assert one.locate(first) == (epoch, 0)
+        assert one.locate(first + one.steps_in_epoch(epoch) - 1) == (epoch, one.steps_in_epoch(epoch) - 1)
+    assert plan(seed=4).batch(5).indices.tolist() != one.batch(5).indices.tolist()
+    assert one.batch(5).indices.tolist() != one.batch(6).indices.tolist()
+
+
+def test_sides_and_another_plan_behind():
+    sides = np.stack([LENGTHS, LENGTHS[::-1]], axis=1)
+    one = LengthCurriculum(TokenBuckets(sides, 500, 0), sides, warmup_steps=3, batch_size=4)
+    assert sides[one.batch(0).indices].max() < 30
+    assert one.batch(3).indices.tolist() == TokenBuckets(sides, 500, 0).batch(0).indices.tolist()
+
+
+def test_wrong_settings():
+    with pytest.raises(DataError, match="at least batch_size 300 samples, got 200"):
+        plan(batch_size=300)
+    with pytest.raises(ValueError, match="at least 1, got 0 and 8"):
+        plan(warmup_steps=0)
+    with pytest.raises(IndexError, match="counted from 0, got -1"):
+        plan().batch(-1)
