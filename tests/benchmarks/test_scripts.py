@@ -17,6 +17,7 @@ SCRIPTS = [
     "probes",
     "stabilizers",
     "entropy_sampling",
+    "complexity",
 ]
 
 
