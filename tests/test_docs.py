@@ -39,7 +39,19 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == "layers.0.self_attn.in_proj_weight\n"
 
 
-@pytest.mark.parametrize("page", ["compare.md", "export.md", "finetuning.md", "guard.md", "probes.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "attention.md",
+        "byte_pairs.md",
+        "compare.md",
+        "export.md",
+        "finetuning.md",
+        "guard.md",
+        "probes.md",
+        "verdicts.md",
+    ],
+)
 def test_the_python_of_the_documentation_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = blocks("python", (ROOT / "docs" / page).read_text(encoding="utf-8"))

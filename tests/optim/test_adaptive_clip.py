@@ -199,6 +199,30 @@ def test_the_functions_are_the_same_for_all_groups_at_once():
     assert after[:, 0].tolist() == [31.0, 4.0]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("max_norm", [None, 5.0])
+def test_nothing_waits_for_an_accelerator(max_norm):
+    weights, _ = parts(groups=2)
+    on_device = [nn.Parameter(weight.detach().cuda()) for weight in weights]
+    clips = [AdaptiveClip(torch.optim.SGD([{"params": [weight]} for weight in each], lr=0.1), max_norm=max_norm)
+             for each in (weights, on_device)]  # fmt: skip
+    for number in range(40):
+        give(weights, [1.0, 100.0 if number == 39 else 1.0])
+        for weight, other in zip(weights, on_device, strict=True):
+            assert weight.grad is not None
+            other.grad = weight.grad.cuda()
+        torch.cuda.set_sync_debug_mode("error" if number else "default")
+        try:
+            clips[1](tell_norms=lambda *told: None)
+            clips[1].settle(torch.ones((), device="cuda"))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        clips[0]()
+    for weight, other in zip(weights, on_device, strict=True):
+        torch.testing.assert_close(other.grad.cpu(), weight.grad)
+    assert clips[1].readings()["clipped"] == 1
+
+
 def test_settings_out_of_range_are_refused():
     with pytest.raises(ValueError, match=r"expected threshold above 0, .* got 0, 0.97 and 25"):
         AdaptiveClip(parts()[1], threshold=0)

@@ -143,8 +143,8 @@ class AdaptiveClip:
         self._statistics = learned(seen, limits, self._statistics, decay=self.decay)
         _scale(groups, factors)
         if tell_norms is not None and single is not None:
-            sizes = torch.tensor([len(group) for group in groups])
-            tell_norms(trained, single * factors.repeat_interleave(sizes.to(factors.device), output_size=len(trained)))
+            scales = [factor.expand(len(group)) for factor, group in zip(factors, groups, strict=True)]
+            tell_norms(trained, single * torch.cat(scales))
         self._readings = {"clipped": (factors.amin() < 1).float()}
         self._readings |= {f"limit/{name}": limit for name, limit in zip(self.names, limits, strict=True)}
         return joint

@@ -20,7 +20,7 @@ class OverFitting(Detector):
     each evaluation lies off the line through its neighbours: a steady rise is none.
 
     Args:
-        rise: The share.
+        rise: The share, which the training loss must have fallen by, too.
 
     Example:
         >>> detector, verdicts = OverFitting(), []
@@ -62,7 +62,7 @@ class OverFitting(Detector):
             return None
         since, lowest, then = self._best
         least = max(self.rise * abs(lowest), LOSS_CLEAR * (self._first - lowest), _NOISE * self._bend)
-        if self._told or middle - lowest <= least or now >= then:
+        if self._told or middle - lowest <= least or then - now <= self.rise * abs(then):
             return None
         self._told = True
         return Verdict(
