@@ -142,6 +142,21 @@ def test_it_learns_and_is_judged_several_times_an_epoch(data, pretrained, tmp_pa
     assert (tmp_path / "run" / "BEST").is_file()
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+def test_low_rank_changes_are_folded_by_the_export(data, pretrained, tmp_path):
+    pytest.importorskip("peft")
+    more = {"finetune.lora_rank": 2, "finetune.layer_decay": 0.9, "max_steps": 3}
+    train("text-classification", overrides=classifier(data, tmp_path / "run", init_from=str(pretrained), **more))
+    trained, given = weights(tmp_path / "run"), weights(pretrained)
+    name = "encoder.stack.layers.0.attention.branch.query"
+    assert torch.equal(trained[f"{name}.base_layer.weight"], given[f"{name}.weight"])
+    assert trained[f"{name}.lora_B.default.weight"].any()
+    tame.export(tmp_path / "run", tmp_path / "out")
+    change = trained[f"{name}.lora_B.default.weight"] @ trained[f"{name}.lora_A.default.weight"] * 16 / 2
+    folded = tame.load(tmp_path / "out").get_parameter(f"{name}.weight")
+    torch.testing.assert_close(folded, given[f"{name}.weight"] + change)
+
+
 def test_frozen_layers_keep_their_bits(data, pretrained, tmp_path):
     values = classifier(data, tmp_path / "run", init_from=str(pretrained), **{"finetune.freeze_layers": 1})
     train("text-classification", overrides={**values, "max_steps": 3})
@@ -246,6 +261,7 @@ def test_a_name_without_a_network_is_refused_in_two_seconds(monkeypatch):
     [
         ({"evals_per_epoch": 2, "loop.eval_steps": 5}, "say the same in two ways"),
         ({"finetune.freeze_layers": 1, "finetune.unfreeze_steps": 2}, "give one"),
+        ({"finetune.mixout": 0.5, "finetune.lora_rank": 2}, "leave finetune.mixout out"),
         ({"finetune.reinit_layers": 5}, "finetune: expected layers from 0 to 2"),
         ({"replace_head": True}, "replace_head is about the head of init_from"),
         ({"data.train_samples": 999}, "data.train_samples is 999, but there are 120 training texts"),

@@ -3,6 +3,7 @@
 from tameformer.finetune.freeze import GradualUnfreezing, freeze, one_by_one
 from tameformer.finetune.heads import check_fit
 from tameformer.finetune.layer_decay import LayerGroups, layer_decay_groups, scale_rates
+from tameformer.finetune.low_rank import lora
 from tameformer.finetune.mixout import Mixout, mixout, per_neuron, per_weight, plain_tensors
 from tameformer.finetune.places import Place, places
 from tameformer.finetune.prior_decay import prior_decay
@@ -16,6 +17,7 @@ __all__ = [
     "check_fit",
     "freeze",
     "layer_decay_groups",
+    "lora",
     "mixout",
     "one_by_one",
     "per_neuron",

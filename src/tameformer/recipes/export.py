@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tameformer.errors import CheckpointError, ConfigError, PatchError
-from tameformer.finetune import plain_tensors
+from tameformer.finetune import lora, plain_tensors
 from tameformer.models import Architecture
 from tameformer.patch import PatchHandle
 from tameformer.recipes.assemble import ARCHITECTURE, read_profile, seeded
@@ -179,7 +179,8 @@ def _folded(
 ) -> tuple[nn.Module, list[PatchHandle], list[PatchHandle], int, str]:
     """A checkpoint's model with its methods folded; all handles, those left, the step, and which weights it has."""
     folder = checkpoint.parent.parent
-    methods = resolve(str(folder)).config.methods
+    config = resolve(str(folder)).config
+    methods, low_rank = config.methods, getattr(getattr(config, "finetune", None), "lora_rank", None)
     snapshot = checkpoints_on_disk.load(checkpoint)
     if weights is None:
         weights = "ema" if snapshot.average else "raw"
@@ -187,6 +188,8 @@ def _folded(
         raise CheckpointError(f"{checkpoint} holds no moving average; the run had optim.ema_decay null: take raw")
     try:
         model, handles = _changed(architecture, methods, read_profile(folder))
+        if low_rank is not None:
+            handles.append(lora(model, rank=low_rank))
     except PatchError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     load_model_tensors(model, plain_tensors(_average(snapshot.average) if weights == "ema" else snapshot.model))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast
 
+import torch
 from accelerate import PartialState
 from torch import nn
 
@@ -14,6 +15,7 @@ from tameformer.finetune import (
     GradualUnfreezing,
     Place,
     freeze,
+    lora,
     mixout,
     one_by_one,
     per_neuron,
@@ -48,9 +50,11 @@ class FinetuneConfig:
     """Whether mixout draws for each weight or for each input neuron."""
     prior_decay: float | None = None
     """Decay toward the weights that training started from, decoupled like weight decay; null is off."""
+    lora_rank: int | None = None
+    """Rank of the changes that the layers learn in place of their frozen weights (extra `peft`); null is off."""
 
     def __post_init__(self) -> None:
-        for name, least in (("reinit_layers", 0), ("freeze_layers", 0), ("unfreeze_steps", 1)):
+        for name, least in (("reinit_layers", 0), ("freeze_layers", 0), ("unfreeze_steps", 1), ("lora_rank", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"finetune.{name} must be at least {least}, got {value}; null switches it off")
@@ -64,6 +68,10 @@ class FinetuneConfig:
             raise ValueError(
                 "finetune.freeze_layers freezes for good and finetune.unfreeze_steps for a while; give one"
             )
+        others = ("freeze_layers", "unfreeze_steps", "mixout", "prior_decay")
+        given = [name for name in others if getattr(self, name) is not None]
+        if self.lora_rank is not None and given:
+            raise ValueError(f"finetune.lora_rank freezes the weights of all layers; leave finetune.{given[0]} out")
 
 
 def prepare(model: nn.Module, config: FinetuneConfig, *, seed: int, starts: bool) -> list[PatchHandle]:
@@ -87,6 +95,10 @@ def prepare(model: nn.Module, config: FinetuneConfig, *, seed: int, starts: bool
             return name.startswith(inside) and bool(weight_names(module))
 
         handles.append(mixout(model, config.mixout, draw=draw, where=where))
+    if config.lora_rank is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            handles.append(lora(model, rank=config.lora_rank))
     return handles
 
 
