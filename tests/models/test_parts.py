@@ -40,6 +40,17 @@ def test_a_decoder_learns_generates_and_is_rebuilt_from_plain_values(parts):
     assert again(tokens).equal(model(tokens))
 
 
+@pytest.mark.parametrize("parts", PARTS + CHEAPER, ids=str)
+def test_low_precision_is_kept_and_close(parts):
+    model, tokens = built(**parts).eval(), torch.randint(30, (2, 9))
+    expected = model(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(tokens).float(), expected, rtol=0.05, atol=0.02)
+    model.to(torch.bfloat16)
+    assert model(tokens).dtype == torch.bfloat16
+    torch.testing.assert_close(model(tokens).float(), expected, rtol=0.05, atol=0.02)
+
+
 @pytest.mark.parametrize("parts", PARTS, ids=str)
 def test_probes_see_every_layer_and_a_stabilizer_can_be_folded_in(parts):
     model, tokens = built(**parts).eval(), torch.randint(30, (2, 9))

@@ -106,6 +106,15 @@ def test_a_window_that_holds_padding_only_gives_zeros():
     assert not out.any()
 
 
+def test_linear_attention_sums_in_float32_under_autocast():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 1, 2000, 4)
+    expected = LinearAttention()(query, key, value + 5, is_causal=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = LinearAttention()(query, key, value + 5, is_causal=True)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def watched(attend_):
     torch.manual_seed(0)
     model = nn.Sequential(MultiHeadAttention(8, 2, attend=attend_))

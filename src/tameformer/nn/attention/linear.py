@@ -57,19 +57,22 @@ class LinearAttention(nn.Module):
         served = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(served, 1), value.repeat_interleave(served, 1)
         kind = torch.promote_types(value.dtype, torch.float32)
-        query, key = (self.feature_map(x.to(kind)) for x in (query, key))
-        values = value.to(kind)
-        if mask is not None and mask.shape[2] > 1:
-            mixed, total = _by_pairs(query, key, values, mask)
-        else:
-            if mask is not None:
-                key = key * mask.expand(*mask.shape[:3], key.shape[2]).mT
-            mixed, total = (_causal if is_causal else _all)(query, key, values)
+        with torch.autocast(query.device.type, enabled=False):  # long sums have no digits left in bfloat16
+            mixed, total = self._sums(query.to(kind), key.to(kind), value.to(kind), mask, is_causal)
         return (mixed / total.clamp(min=torch.finfo(kind).tiny)).to(value.dtype)
+
+    def _sums(self, query, key, value, mask, is_causal):
+        """Sums over keys of weight · value, and of the weights."""
+        query, key = self.feature_map(query), self.feature_map(key)
+        if mask is not None and mask.shape[2] > 1:
+            return _by_pairs(query, key, value, mask)
+        if mask is not None:
+            key = key * mask.expand(*mask.shape[:3], key.shape[2]).mT
+        return (_causal if is_causal else _all)(query, key, value)
 
 
 def _all(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over all keys of weight · value, and of the weights."""
+    """Over all keys."""
     return query @ (key.mT @ value), query @ key.sum(2).unsqueeze(-1)
 
 
@@ -79,7 +82,7 @@ def _by_pairs(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """The same over keys 0..i for query i; equally many of both."""
+    """Over keys 0..i for query i; equally many of both."""
     length = query.shape[2]
     value = torch.cat([value, value.new_ones(*value.shape[:3], 1)], -1)  # the weights themselves are summed alongside
     query, key, value = (F.pad(x, (0, 0, 0, -length % CHUNK)).unflatten(2, (-1, CHUNK)) for x in (query, key, value))
