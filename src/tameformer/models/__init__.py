@@ -15,12 +15,6 @@ from tameformer.models.hierarchical import (
     HierarchicalConfig,
     hierarchical_classifier,
 )
-from tameformer.models.hierarchical import (
-    DocumentAttention,
-    HierarchicalClassifier,
-    HierarchicalConfig,
-    hierarchical_classifier,
-)
 from tameformer.models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderConfig, masked_autoencoder
 from tameformer.models.recurrent import RecurrentConfig, RecurrentDecoderConfig, recurrent_decoder
 from tameformer.models.set import SetClassifier, SetConfig, set_classifier
@@ -33,20 +27,12 @@ from tameformer.models.speech import (
     speech_recognizer,
     transcription_steps,
 )
-from tameformer.models.set import SetClassifier, SetConfig, set_classifier
 from tameformer.models.text import (
     MaskedLanguageModel,
     TextClassifier,
     TextClassifierConfig,
     masked_language_model,
     text_classifier,
-)
-from tameformer.models.universal import (
-    UniversalConfig,
-    UniversalDecoderConfig,
-    ponder_cost,
-    universal_decoder,
-    universal_encoder,
 )
 from tameformer.models.universal import (
     UniversalConfig,

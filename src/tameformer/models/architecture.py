@@ -16,19 +16,11 @@ from tameformer.models.encoder import EncoderConfig, encoder
 from tameformer.models.encoder_decoder import EncoderDecoderConfig, encoder_decoder
 from tameformer.models.graph import GraphConfig, graph_classifier
 from tameformer.models.hierarchical import HierarchicalConfig, hierarchical_classifier
-from tameformer.models.hierarchical import HierarchicalConfig, hierarchical_classifier
 from tameformer.models.masked_autoencoder import MaskedAutoencoderConfig, masked_autoencoder
 from tameformer.models.recurrent import RecurrentDecoderConfig, recurrent_decoder
 from tameformer.models.set import SetConfig, set_classifier
 from tameformer.models.speech import RecurrentSpeechConfig, SpeechConfig, recurrent_recognizer, speech_recognizer
-from tameformer.models.set import SetConfig, set_classifier
 from tameformer.models.text import TextClassifierConfig, masked_language_model, text_classifier
-from tameformer.models.universal import (
-    UniversalConfig,
-    UniversalDecoderConfig,
-    universal_decoder,
-    universal_encoder,
-)
 from tameformer.models.universal import (
     UniversalConfig,
     UniversalDecoderConfig,
@@ -46,16 +38,12 @@ BUILDERS: dict[str, tuple[Callable[..., nn.Module], type]] = {
     "recurrent_decoder": (recurrent_decoder, RecurrentDecoderConfig),
     "graph_classifier": (graph_classifier, GraphConfig),
     "hierarchical_classifier": (hierarchical_classifier, HierarchicalConfig),
-    "hierarchical_classifier": (hierarchical_classifier, HierarchicalConfig),
     "masked_autoencoder": (masked_autoencoder, MaskedAutoencoderConfig),
     "masked_language_model": (masked_language_model, EncoderConfig),
-    "set_classifier": (set_classifier, SetConfig),
     "set_classifier": (set_classifier, SetConfig),
     "text_classifier": (text_classifier, TextClassifierConfig),
     "recurrent_recognizer": (recurrent_recognizer, RecurrentSpeechConfig),
     "speech_recognizer": (speech_recognizer, SpeechConfig),
-    "universal_decoder": (universal_decoder, UniversalDecoderConfig),
-    "universal_encoder": (universal_encoder, UniversalConfig),
     "universal_decoder": (universal_decoder, UniversalDecoderConfig),
     "universal_encoder": (universal_encoder, UniversalConfig),
     "vision_classifier": (vision_classifier, VisionConfig),

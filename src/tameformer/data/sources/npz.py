@@ -37,7 +37,7 @@ def npz_arrays(
         DataError: the file, field or value that is wrong, and the remedy.
     """
     file = _archive_path(Path(path), split)
-    with _opened(file) as archive:
+    with opened(file) as archive:
         fields = set(archive.files)
         suffix = f"_{split}" if any(f"{field}_{split}" in fields for field in _IMAGES) else ""
         if not suffix and Path(path).is_file() and split != "train":
@@ -48,12 +48,12 @@ def npz_arrays(
         labels_field = _field(fields, _LABELS, suffix, file)
         if not suffix and {"jpeg", "offsets"} <= fields:
             images_field = "jpeg"
-            images = decode_all(_read(archive, "jpeg", file), _read(archive, "offsets", file), name=str(file))
+            images = decode_all(read_field(archive, "jpeg", file), read_field(archive, "offsets", file), name=str(file))
         else:
             images_field = _field(fields, _IMAGES, suffix, file)
-            images = _read(archive, images_field, file)
-        labels = _read(archive, labels_field, file)
-        names = _read(archive, "class_names", file).tolist() if "class_names" in fields and like is None else ()
+            images = read_field(archive, images_field, file)
+        labels = read_field(archive, labels_field, file)
+        names = read_field(archive, "class_names", file).tolist() if "class_names" in fields and like is None else ()
     return array_source(
         images,
         labels,
@@ -77,7 +77,7 @@ def _archive_path(path: Path, split: str) -> Path:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def opened(file: Path) -> Iterator[Any]:
     """The archive, closed afterwards, also when it is none: numpy leaves such a file open."""
     if file.stat().st_size == 0:
         raise DataError(f"{file} is empty (0 bytes); write it again")
@@ -101,7 +101,7 @@ def _field(fields: set[str], wanted: Sequence[str], suffix: str, file: Path) -> 
     )
 
 
-def _read(archive: Any, field: str, file: Path) -> np.ndarray:
+def read_field(archive: Any, field: str, file: Path) -> np.ndarray:
     """One array, decompressed once."""
     try:
         return archive[field]
