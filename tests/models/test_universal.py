@@ -14,7 +14,8 @@ from tameformer.models import (
 from tameformer.nn.halting import Halting
 
 TOKENS = torch.arange(18).view(2, 9)
-SMALL = {"dim": 16, "num_heads": 4, "num_steps": 3, "max_length": 16}
+STEPS = 6  # enough for some to run on while others have halted long since
+SMALL = {"dim": 16, "num_heads": 4, "num_steps": STEPS, "max_length": 16}
 
 
 def built(halting="fixed", **settings):
@@ -23,15 +24,16 @@ def built(halting="fixed", **settings):
         universal_decoder(UniversalDecoderConfig(halting=halting, **SMALL, **settings), vocab_size=30).double().eval()
     )
     if halting == "adaptive":
-        nn.init.normal_(model.stack.halting.weight, std=3.0)  # positions that halt at different steps
-        nn.init.constant_(model.stack.halting.bias, -0.5)
+        nn.init.normal_(model.embedding.weight)
+        nn.init.normal_(model.stack.halting.weight)  # positions that halt at different steps
+        nn.init.constant_(model.stack.halting.bias, -1.0)
     return model
 
 
 def test_fixed_steps_are_a_stack_of_one_layer_with_added_vectors():
     model = built(positions="sinusoidal")
     stack, x = model.stack, model.embedding(TOKENS)
-    for step in range(3):
+    for step in range(STEPS):
         x = stack.layers[0](stack.positions(x) + stack.steps[step], is_causal=True)
     torch.testing.assert_close(model(TOKENS), model.embedding.logits(stack.norm(x)), rtol=1e-12, atol=1e-12)
     assert sum(p.numel() for p in stack.layers.parameters()) == sum(p.numel() for p in stack.layers[0].parameters())
@@ -45,7 +47,7 @@ def test_halting_equals_a_loop_over_positions():
     states, running, states_of = x, torch.ones(2, 9, dtype=torch.bool), []
     spent, steps, rest = (torch.zeros(2, 9, dtype=torch.float64) for _ in range(3))
     result = torch.zeros_like(x)
-    for step in range(3):
+    for step in range(STEPS):
         moved = stack.layers[0](stack.positions(states) + stack.steps[step], is_causal=True)
         states = torch.where(running[..., None], moved, states)
         states_of.append(states)
@@ -55,14 +57,14 @@ def test_halting_equals_a_loop_over_positions():
                     continue
                 p = torch.sigmoid(states[b, i] @ halting.weight + halting.bias)
                 steps[b, i] += 1
-                if spent[b, i] + p > 0.99 or step == 2:
+                if spent[b, i] + p > 0.99 or step == STEPS - 1:
                     p, running[b, i] = 1 - spent[b, i], False
                     rest[b, i] = p
                 result[b, i] += p * states[b, i]
                 spent[b, i] += p
     expected = model.embedding.logits(stack.norm(result))
     torch.testing.assert_close(model(TOKENS), expected, rtol=1e-11, atol=1e-11)
-    assert set(steps.flatten().tolist()) > {3.0}  # not all alike
+    assert steps.min() + 2 <= steps.max()
     torch.testing.assert_close(ponder_cost(model), (steps + rest).mean(), rtol=1e-12, atol=1e-12)
     real = torch.arange(9).expand(2, 9) < 4
     torch.testing.assert_close(ponder_cost(model, real), (steps + rest)[real].mean(), rtol=1e-12, atol=1e-12)
@@ -79,7 +81,7 @@ def test_the_cost_has_a_gradient_that_makes_positions_halt_sooner():
         optimizer.zero_grad()
         cost.backward()
         optimizer.step()
-    assert costs[-1] < costs[0] - 0.3
+    assert costs[-1] < costs[0] - 0.1
     halting = Halting(4)
     nn.init.constant_(halting.bias, 20.0)
     done, x = halting.begin(torch.zeros(1, 2, 4)), torch.zeros(1, 2, 4)

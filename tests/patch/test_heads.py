@@ -126,7 +126,8 @@ def test_importance_is_the_mean_of_the_gates_slopes():
     batches = [TOKENS, TOKENS[:1] + 1]
 
     def loss(model, tokens):
-        return model(tokens).square().mean((1, 2)).mean()
+        signs = 1.0 - 2 * (tokens[:, 0] % 2)  # slopes of examples that cancel in a sum
+        return (signs * model(tokens).square().mean((1, 2))).mean()
 
     found = head_importance(model, batches, loss)
     assert all(p.grad is None for p in model.parameters())
