@@ -8,14 +8,18 @@ strings "NaN", "Infinity" and "-Infinity": visible to every reader, and still va
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tameformer.errors import RecordError
 
+logger = logging.getLogger(__name__)
 LOG, PROBES, EVENTS = "log.jsonl", "probes.jsonl", "events.jsonl"
 CONFIG, ENVIRONMENT, REPORT = "config.yaml", "env.json", "report.html"
 CHECKPOINTS, LATEST, BEST, TENSORBOARD = "checkpoints", "LATEST", "BEST", "tb"
@@ -107,7 +111,7 @@ def cut_back(path: Path, step: float) -> int:
 
 
 class RunWriter:
-    """Appends to the three logs of a run folder; each line is flushed, so that a killed run keeps what it said.
+    """Appends to the three logs of a run folder; each line is written at once, so that a killed run keeps what it said.
 
     Args:
         folder: The run folder; created when absent.
@@ -126,9 +130,8 @@ class RunWriter:
             (folder / EVENTS).unlink(missing_ok=True)
         else:
             cut_back(folder / EVENTS, math.inf)  # all events stay, a torn last line goes
-        self._files: dict[str, TextIO] = {
-            name: (folder / name).open("a", encoding="utf-8") for name in (LOG, PROBES, EVENTS)
-        }
+        self._owed: dict[str, bytes] = {LOG: b"", PROBES: b"", EVENTS: b""}
+        self._files: dict[str, FileIO] = {name: self._open(name) for name in self._owed}
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line of slash-separated measurements, such as `train/loss`, to `log.jsonl`."""
@@ -145,23 +148,48 @@ class RunWriter:
     def cut_back(self, step: int) -> None:
         """Drop what the log and the probes say of later steps than `step`: the run went back, and tells them anew."""
         for name in (LOG, PROBES):
-            self._files[name].close()
+            self._close(name)
             cut_back(self.folder / name, step)
-            self._files[name] = (self.folder / name).open("a", encoding="utf-8")
+            self._files[name] = self._open(name)
 
     def close(self) -> None:
-        """Close the files; a closed writer writes nothing more."""
-        for file in self._files.values():
-            file.close()
+        """Close the files; a closed writer writes nothing more.
 
-    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        Raises:
+            RecordError: Lines are still not written.
+        """
+        with ExitStack() as closing:  # also those behind one that fails
+            for name in self._files:
+                closing.callback(self._close, name)
+
+    def _open(self, name: str) -> FileIO:
+        return FileIO(self.folder / name, "a")  # no buffer: what could not be written is ours to keep
+
+    def _close(self, name: str) -> None:
         try:
-            self._files[name].write(encode_line(record))
-            self._files[name].flush()
+            if not self._files[name].closed:
+                self._write_owed(name)
         except OSError as error:
             raise RecordError(
                 f"cannot write {self.folder / name}: {error}; free some space, then resume the run"
             ) from error
+        finally:
+            self._files[name].close()
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Write a line. A disk that is full now may have room later: no line is lost, and none ends the run."""
+        was_owed = bool(self._owed[name])
+        self._owed[name] += encode_line(record).encode("utf-8")
+        try:
+            self._write_owed(name)
+        except OSError as error:
+            if not was_owed:
+                logger.warning("%s cannot be written: %s; its lines wait until it can", self.folder / name, error)
+
+    def _write_owed(self, name: str) -> None:
+        while self._owed[name]:
+            written = self._files[name].write(self._owed[name])
+            self._owed[name] = self._owed[name][written:]
 
 
 class RunReader:

@@ -152,6 +152,7 @@ def launch(
                 timeout=recipe.config.loop.hang_timeout,
                 tell=lambda message, details: listener.on_event(loop.step, "hang", message, details),
                 then=on_hang,
+                grace=5.0 if engine.world_size > 1 else 1.0,
             ):
                 outcome = loop.train()
         finally:

@@ -275,6 +275,8 @@ def verify(path: Path) -> None:
         if Path(name).name != name:
             raise CheckpointError(f"{path.name} is not trusted: its {MANIFEST} names {name!r}, outside its folder")
         file = path / name
+        if file.is_symlink():
+            raise CheckpointError(f"{path.name} is not trusted: {name} is a link")
         if not file.is_file():
             raise CheckpointError(f"{path.name} is not a whole checkpoint: {name} is missing")
         if _fingerprint(file) != expected:
@@ -285,16 +287,30 @@ def load(path: Path) -> Snapshot:
     """Read a checkpoint after verifying it.
 
     Raises:
-        CheckpointError: It does not verify.
+        CheckpointError: It does not verify, or holds something else than tensors and plain values.
     """
     verify(path)
     average = path / AVERAGE
     return Snapshot(
-        model=load_file(path / MODEL),
-        optimizer=load_file(path / OPTIMIZER),
-        average=load_file(average) if average.is_file() else {},
-        state=json.loads((path / STATE).read_text(encoding="utf-8")),
+        model=_tensors(path / MODEL),
+        optimizer=_tensors(path / OPTIMIZER),
+        average=_tensors(average) if average.is_file() else {},
+        state=_values(path / STATE),
     )
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:  # the manifest fits: it was not written here
+        raise CheckpointError(f"{file.parent.name} is not trusted: {file.name} holds no tensors ({error})") from error
+
+
+def _values(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file.parent.name} is not trusted: {file.name} holds no JSON ({error})") from error
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

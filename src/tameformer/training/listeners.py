@@ -1,12 +1,16 @@
 """Listeners that write: the run's own log, and TensorBoard beside it."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tameformer.record import TENSORBOARD, RunWriter
 from tameformer.training.events import Listener
+
+logger = logging.getLogger(__name__)
 
 
 class RecordListener(Listener):
@@ -43,22 +47,40 @@ class TensorBoardListener(Listener):
     def __init__(self, folder: Path, *, resume_step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # imported late: it costs as much as the first steps
 
+        self._has_failed = False
         self._open = partial(SummaryWriter, str(folder / TENSORBOARD))
         self._writer = self._open(purge_step=None if resume_step is None else resume_step + 1)
 
     def on_log(self, step: int, values: Mapping[str, float]) -> None:
-        for key, value in values.items():
-            self._writer.add_scalar(key, value, step)
+        with self._may_fail():
+            for key, value in values.items():
+                self._writer.add_scalar(key, value, step)
 
     def on_evaluate(self, step: int, values: Mapping[str, float]) -> None:
         self.on_log(step, values)
 
     def on_event(self, step: int, kind: str, message: str, details: Mapping[str, Any]) -> None:
-        self._writer.add_text(f"event/{kind}", message, step)
+        with self._may_fail():
+            self._writer.add_text(f"event/{kind}", message, step)
 
     def on_rollback(self, step: int) -> None:
-        self._writer.close()
-        self._writer = self._open(purge_step=step + 1)
+        with self._may_fail():
+            self._writer.close()
+        with self._may_fail():
+            self._writer = self._open(purge_step=step + 1)
 
     def on_train_end(self, step: int) -> None:
-        self._writer.close()
+        with self._may_fail():
+            self._writer.close()
+
+    @contextmanager
+    def _may_fail(self) -> Iterator[None]:
+        """A second copy of what `log.jsonl` has: a full disk is said once, and no reason to end a run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._has_failed:
+                logger.warning(
+                    "TensorBoard's files cannot be written, log.jsonl has all that is missing there: %s", error
+                )
+            self._has_failed = True
