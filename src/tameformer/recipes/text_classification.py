@@ -116,7 +116,7 @@ def build(config: Config, folder: Path) -> Run:
         config = replace(
             config, evals_per_epoch=None, loop=replace(config.loop, eval_steps=min(every, num_steps(config, plan)))
         )
-    judged = partial(evaluate, call=call, max_tokens=config.data.eval_max_tokens)
+    judged = partial(evaluate, call=call, max_tokens=config.data.eval_max_tokens, num_classes=num_classes)
     run = assemble(
         config,
         folder=folder,
@@ -249,7 +249,7 @@ def classification_loss(model: nn.Module, batch: Batch, *, call: Call) -> Tensor
 
 
 def evaluate(
-    engine: Engine, model: nn.Module, *, source: TokenizedTexts, call: Call, max_tokens: int
+    engine: Engine, model: nn.Module, *, source: TokenizedTexts, call: Call, max_tokens: int, num_classes: int
 ) -> dict[str, float]:
     """Mean cross-entropy, and the scores of the predictions; F1 is of class 1 where there are two, else the mean of all."""
     plan = LengthSortedBatches(source.lengths, max(max_tokens, int(source.lengths.max())))
@@ -260,19 +260,19 @@ def evaluate(
         losses = F.cross_entropy(logits, labels, reduction="none")
         found += zip(labels.tolist(), logits.argmax(-1).tolist(), losses.tolist(), strict=True)
     labels, guesses, losses = map(np.array, zip(*engine.gather(found), strict=True))
-    return {"loss": float(losses.mean()), **scores(labels, guesses)}
+    return {"loss": float(losses.mean()), **scores(labels, guesses, num_classes=num_classes)}
 
 
-def scores(labels: np.ndarray, guesses: np.ndarray) -> dict[str, float]:
+def scores(labels: np.ndarray, guesses: np.ndarray, *, num_classes: int) -> dict[str, float]:
     """Accuracy, F1 and the correlation of Matthews; the last two are 0 where nothing is guessed right, or all alike.
 
     Example:
-        >>> scores(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1]))["accuracy"]
+        >>> scores(np.array([0, 0, 1, 1]), np.array([0, 1, 1, 1]), num_classes=2)["accuracy"]
         0.75
     """
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-    average: Any = "binary" if max(labels.max(), guesses.max()) < 2 else "macro"
+    average: Any = "binary" if num_classes == 2 else "macro"
     return {
         "accuracy": float(accuracy_score(labels, guesses)),
         "f1": float(f1_score(labels, guesses, average=average, zero_division=0.0)),  # pyright: ignore[reportArgumentType]
