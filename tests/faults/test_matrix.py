@@ -5,10 +5,17 @@
 | nan, inf-grad, bad-batch | the step is skipped, exit 0 | nan: told as NaN, exit 0 | |
 | spike | skipped once the window is known, exit 0 | | |
 | many of them | back to a checkpoint, exit 0; without a way back, exit 3 | | |
+| oom | the batch is repeated in parts, exit 0 (test_out_of_memory.py) | | |
 | term | saved, exit 143 | saved, exit 143 | saved, exit 143 |
 | kill | resumes to the same bits | resumes to the same bits | resumes to the same bits |
+| hang | told, exit 124; resumes to the same bits | the same | the same |
+| enospc, eio | | | told, the older checkpoint stays, exit 0 |
+| corrupt@latest | named by the resume, which takes the older one, to the same bits | | |
+
+On one of two processes: test_two_processes.py.
 """
 
+import json
 import math
 import os
 import signal
@@ -21,7 +28,7 @@ import torch
 from safetensors.torch import load_file
 
 from tameformer.cli.__main__ import main
-from tameformer.recipes.launch import train
+from tameformer.recipes import launch
 from tameformer.record import RunReader
 from tameformer.training import CheckpointFolder, Listener
 
@@ -30,6 +37,7 @@ SMALL = {
     "max_steps": STEPS,
     "data.batch_size": 96,
     "model.dim": 16,
+    "model.num_layers": 1,
     "loop.logging_steps": 1,  # every probe that is due at lines of the log watches the refused steps, too
     "loop.eval_steps": 20,
     "checkpoint.every": 5,
@@ -41,11 +49,13 @@ WORDS = [f"--{key}={value}" for key, value in SMALL.items()]
 
 def run(folder, inject="", **options):
     overrides = {**SMALL, **options.pop("overrides", {}), "output_dir": str(folder)}
-    return train("vit-digits", overrides=overrides, inject=inject, **options)
+    with pytest.MonkeyPatch.context() as patch:  # drawing the page takes longer than the run
+        patch.setattr(launch.report, "write_report", lambda folder: None)
+        return launch.train("vit-digits", overrides=overrides, inject=inject, **options)
 
 
 def kinds(folder) -> list[str]:
-    unremarkable = ("start", "precision", "checkpoint", "finish", "injected", "resume", "stop")
+    unremarkable = ("start", "precision", "checkpoint", "finish", "injected", "resume", "stop", "verdict")
     return [event["kind"] for event in RunReader(folder).events() if event["kind"] not in unremarkable]
 
 
@@ -130,25 +140,86 @@ def gone_back(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("how", "stop_at"), [("term", 21), ("term", 26), ("kill", 27), ("term", 30), ("kill", 33)])
-def test_interrupted_around_a_rollback_equals_never_interrupted(gone_back, tmp_path, stop_at, how):
-    """Before the trouble, within it, just before going back, and after: the same skips, checkpoint, data and rate follow."""
-    faults = f"nan@23-31,{how}@{stop_at}"
-    if how == "term":
-        assert run(tmp_path / "cut", faults).exit_code == 143
-    else:
-        words = ["train", "vit-digits", *WORDS, f"--output_dir={tmp_path / 'cut'}", f"--inject={faults}"]
-        assert command(words) == -signal.SIGKILL
-    assert run(tmp_path / "cut", faults, resume="auto").finished
-    assert same(files_of(tmp_path / "cut"), files_of(gone_back))
-    assert lines_of(tmp_path / "cut") == lines_of(gone_back)
+@pytest.mark.parametrize("stop_at", [21, 26, 30])
+def test_stopped_around_a_rollback_equals_never_stopped(gone_back, tmp_path, stop_at):
+    """Before the trouble, within it, and just before going back: the same skips, checkpoint, data and rate follow."""
+    faults = f"nan@23-31,term@{stop_at}"
+    assert run(tmp_path, faults).exit_code == 143
+    assert run(tmp_path, faults, resume="auto").finished
+    assert same(files_of(tmp_path), files_of(gone_back))
+    assert lines_of(tmp_path) == lines_of(gone_back)
 
 
-def command(words) -> int:
-    return subprocess.run(
-        [sys.executable, "-m", "tameformer.cli", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, check=False,
-    ).returncode  # fmt: skip
+PLACES = ("1", "17", "eval", "save")
+ROLLBACK = [f"--inject=nan@23-31,kill@{batch}" for batch in (27, 33)]
+KILLED = {
+    **{f"kill@{place}": [[f"--inject=kill@{place}"], ["--resume=auto"]] for place in PLACES},
+    **{
+        f"hang@{place}": [
+            [f"--inject=hang@{place}", "--loop.hang_timeout=3"],
+            ["--resume=auto", "--loop.hang_timeout=90"],
+        ]
+        for place in PLACES
+    },
+    **{words: [[words], [words, "--resume=auto"]] for words in ROLLBACK},
+}
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> tuple[Path, dict[str, list[int]]]:
+    folder = tmp_path_factory.mktemp("killed")
+    cases = {name: [[*WORDS, *words] for words in commands] for name, commands in KILLED.items()}
+    (folder / "cases.json").write_text(json.dumps(cases))
+    answer = subprocess.run(
+        [sys.executable, Path(__file__).with_name("killed.py"), folder / "cases.json", folder],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr
+    return folder, json.loads(answer.stdout)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", KILLED)
+def test_what_ends_a_process_loses_nothing(name, killed, clean, gone_back):
+    folder, codes = killed
+    first, second = codes[name]
+    assert first == (124 if name.startswith("hang") else -signal.SIGKILL)
+    assert second == 0, (folder / f"{name}.txt").read_text()
+    straight = gone_back if name in ROLLBACK else clean
+    assert same(files_of(folder / name), files_of(straight))
+    assert lines_of(folder / name) == lines_of(straight)
+    assert (folder / name / "hang-rank0.txt").is_file() == name.startswith("hang")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_signal_loses_nothing(clean, tmp_path, place):
+    assert run(tmp_path, f"term@{place}").exit_code == 143
+    assert run(tmp_path, f"term@{place}", resume="auto").finished
+    assert same(files_of(tmp_path), files_of(clean))
+    assert lines_of(tmp_path) == lines_of(clean)
+
+
+@pytest.mark.parametrize("kind", ["enospc", "eio"])
+def test_a_save_that_fails_is_told_and_the_run_goes_on(clean, tmp_path, kind):
+    assert run(tmp_path, f"{kind}@save,term@7").exit_code == 143
+    assert kinds(tmp_path) == ["checkpoint_failed"]
+    assert CheckpointFolder(tmp_path).steps() == [7]  # that of step 5 failed; the one of the signal did not
+    assert list((tmp_path / "checkpoints").glob(".*")) == []
+    assert run(tmp_path, f"{kind}@save", resume="auto").finished  # it strikes at the first save of each command
+    assert CheckpointFolder(tmp_path).steps() == [35, 40]
+    assert same(files_of(tmp_path), files_of(clean))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_older_one_taken(clean, tmp_path):
+    assert run(tmp_path, "term@23").exit_code == 143
+    assert run(tmp_path, "corrupt@latest", resume="auto").finished
+    told = {event["kind"]: event for event in RunReader(tmp_path).events()}
+    assert told["checkpoint_skipped"]["message"].startswith("step-000023 is damaged: model.safetensors differs")
+    assert told["resume"]["message"] == "continues from step-000020"
+    assert same(files_of(tmp_path), files_of(clean))
+    assert lines_of(tmp_path) == lines_of(clean)
+    run(tmp_path, "corrupt@latest", resume="auto")  # once in the life of a run folder
+    assert CheckpointFolder(tmp_path).newest_verified() == (CheckpointFolder(tmp_path).path(STEPS), [])
 
 
 def test_without_a_way_back_the_run_ends_with_three(tmp_path, monkeypatch, capsys):
@@ -180,16 +251,6 @@ def test_a_bounded_number_of_ways_back(tmp_path):
     assert kinds(tmp_path)[-1] == "diverged"
 
 
-@pytest.mark.parametrize("place", ["1", "17", "eval", "save"])
-@pytest.mark.parametrize("how", ["term", "kill"])
-def test_signals_lose_nothing(clean, tmp_path, how, place):
-    words = ["train", "vit-digits", *WORDS, f"--output_dir={tmp_path / 'run'}", f"--inject={how}@{place}"]
-    assert command(words) == (143 if how == "term" else -signal.SIGKILL)
-    assert command([*words, "--resume=auto"]) == 0
-    assert same(files_of(tmp_path / "run"), files_of(clean))
-    assert lines_of(tmp_path / "run") == lines_of(clean)
-
-
 def test_an_evaluation_that_is_not_finite_is_told_and_the_run_goes_on(clean, tmp_path):
     overrides = {"checkpoint.best_metric": "eval/loss"}
     assert run(tmp_path, "nan@eval", overrides=overrides).finished
@@ -212,8 +273,6 @@ def test_a_checkpoint_never_holds_what_is_not_finite(tmp_path):
         done, model = False, None
 
     breaking = Break()
-    from tameformer.recipes import launch
-
     real = launch.Loop
 
     class Loop(real):  # hands the listener the model: nothing else reaches the weights from outside
@@ -239,6 +298,8 @@ def test_a_checkpoint_never_holds_what_is_not_finite(tmp_path):
         ("spike@save", "--inject spike@save: spike strikes at the number of a batch, got save"),
         ("nan@0", "batches count from 1"),
         ("nan@9-3", "a range goes upwards"),
+        ("enospc@3", "enospc strikes at save, got 3"),
+        ("corrupt@latest", "holds no checkpoint yet; train first, then --resume"),
         ("nan@3x5", "only a spike has a factor, remove x5"),
     ],
 )
