@@ -13,12 +13,15 @@ from tameformer.record import RunReader
 
 SHOWN = (
     "eval/accuracy",
+    "eval/accuracy_longer",
     "eval/loss",
     "eval/perplexity",
     "eval/perplexity_per_byte",
     "test/bleu",
     "test/bleu_lowercased",
     "test/bleu_tokenized",
+    "test/wer",
+    "test/cer",
 )
 
 

@@ -1,5 +1,6 @@
 """What is exported is what the run had: real runs of every task, exported, loaded, compared; and what is refused."""
 
+import inspect
 import json
 import shutil
 import signal
@@ -407,16 +408,12 @@ def test_diagnose_says_what_an_exported_folder_lacks(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_every_builder_goes_through_plain_values(builder):
+    told = {"vocab_size": 20, "padding_id": 0, "num_classes": 3, "image_size": (8, 4), "channels": 1, "num_features": 8}
+    told |= {"num_frames": 4}
+    wanted = inspect.signature(BUILDERS[builder][0]).parameters.values()
     arguments = {
-        "convolutional_classifier": {"num_classes": 3, "image_size": (8, 4), "channels": 1},
-        "decoder": {"vocab_size": 20},
-        "encoder": {"vocab_size": 20},
-        "encoder_decoder": {"vocab_size": 20, "padding_id": 0},
-        "recurrent_decoder": {"vocab_size": 20},
-        "recurrent_recognizer": {"num_features": 8, "vocab_size": 20},
-        "speech_recognizer": {"num_features": 8, "vocab_size": 20},
-        "vision_classifier": {"num_classes": 3, "image_size": (8, 4), "channels": 1},
-    }[builder]
+        one.name: told[one.name] for one in wanted if one.kind is one.KEYWORD_ONLY and one.default is one.empty
+    }
     config_class = BUILDERS[builder][1]
     small = {"dim": 16, "num_heads": 2, "widths": (8, 16)}
     known = {name: value for name, value in small.items() if name in config_class.__dataclass_fields__}

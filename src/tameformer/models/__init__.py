@@ -41,6 +41,13 @@ from tameformer.models.universal import (
     universal_decoder,
     universal_encoder,
 )
+from tameformer.models.video import (
+    ConvolutionalVideoConfig,
+    VideoClassifier,
+    VideoConfig,
+    convolutional_video_classifier,
+    video_classifier,
+)
 from tameformer.models.vision import VisionClassifier, VisionConfig, vision_classifier
 
 __all__ = [
@@ -49,6 +56,7 @@ __all__ = [
     "CTCRecognizer",
     "ContrastiveConfig",
     "ConvolutionalConfig",
+    "ConvolutionalVideoConfig",
     "Decoder",
     "DecoderConfig",
     "DecoderRecognizer",
@@ -74,11 +82,14 @@ __all__ = [
     "TextClassifierConfig",
     "UniversalConfig",
     "UniversalDecoderConfig",
+    "VideoClassifier",
+    "VideoConfig",
     "VisionClassifier",
     "VisionConfig",
     "beam_search",
     "contrastive_encoder",
     "convolutional_classifier",
+    "convolutional_video_classifier",
     "ctc_beam_search",
     "ctc_greedy",
     "decoder",
@@ -101,5 +112,6 @@ __all__ = [
     "translation_steps",
     "universal_decoder",
     "universal_encoder",
+    "video_classifier",
     "vision_classifier",
 ]

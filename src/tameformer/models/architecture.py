@@ -18,6 +18,7 @@ from tameformer.models.graph import GraphConfig, graph_classifier
 from tameformer.models.hierarchical import HierarchicalConfig, hierarchical_classifier
 from tameformer.models.masked_autoencoder import MaskedAutoencoderConfig, masked_autoencoder
 from tameformer.models.recurrent import RecurrentDecoderConfig, recurrent_decoder
+from tameformer.models.recurrent_translation import RecurrentTranslationConfig, recurrent_translation
 from tameformer.models.set import SetConfig, set_classifier
 from tameformer.models.speech import RecurrentSpeechConfig, SpeechConfig, recurrent_recognizer, speech_recognizer
 from tameformer.models.text import TextClassifierConfig, masked_language_model, text_classifier
@@ -26,6 +27,12 @@ from tameformer.models.universal import (
     UniversalDecoderConfig,
     universal_decoder,
     universal_encoder,
+)
+from tameformer.models.video import (
+    ConvolutionalVideoConfig,
+    VideoConfig,
+    convolutional_video_classifier,
+    video_classifier,
 )
 from tameformer.models.vision import VisionConfig, vision_classifier
 
@@ -40,12 +47,15 @@ BUILDERS: dict[str, tuple[Callable[..., nn.Module], type]] = {
     "hierarchical_classifier": (hierarchical_classifier, HierarchicalConfig),
     "masked_autoencoder": (masked_autoencoder, MaskedAutoencoderConfig),
     "masked_language_model": (masked_language_model, EncoderConfig),
+    "recurrent_translation": (recurrent_translation, RecurrentTranslationConfig),
     "set_classifier": (set_classifier, SetConfig),
     "text_classifier": (text_classifier, TextClassifierConfig),
     "recurrent_recognizer": (recurrent_recognizer, RecurrentSpeechConfig),
     "speech_recognizer": (speech_recognizer, SpeechConfig),
     "universal_decoder": (universal_decoder, UniversalDecoderConfig),
     "universal_encoder": (universal_encoder, UniversalConfig),
+    "convolutional_video_classifier": (convolutional_video_classifier, ConvolutionalVideoConfig),
+    "video_classifier": (video_classifier, VideoConfig),
     "vision_classifier": (vision_classifier, VisionConfig),
 }
 """The builders by their names in files: nothing else is called because a file says so."""

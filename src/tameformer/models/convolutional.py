@@ -72,7 +72,9 @@ class ConvolutionalClassifier(nn.Module):
         for stage, outputs in enumerate(config.widths):
             for block in range(config.blocks):
                 stride = 2 if stage and not block else 1
-                layers.append(Block(convolution, inputs, outputs, stride, is_residual=config.architecture != "cnn"))
+                layers.append(
+                    Block(convolution, inputs, outputs, stride, is_residual=config.architecture.startswith("resnet"))
+                )
                 inputs = outputs
         self.layers = nn.ModuleList(layers)
         self.dropout = nn.Dropout(config.dropout)

@@ -23,7 +23,7 @@ from tameformer.data import SequentialBatches, ShuffledBatches, single_pass
 from tameformer.data.formal import Dyck, EvenLength, Language, Parity
 from tameformer.data.strings import Question, StringSource
 from tameformer.errors import ConfigError
-from tameformer.models import Architecture, DecoderConfig, RecurrentDecoderConfig
+from tameformer.models import Architecture, DecoderConfig, RecurrentDecoderConfig, UniversalDecoderConfig
 from tameformer.recipes.assemble import assemble
 from tameformer.recipes.config import RecipeConfig
 from tameformer.record import write_figure
@@ -90,8 +90,10 @@ class Config(RecipeConfig):
 
     data: StringsConfig = field(default_factory=StringsConfig)
     """The strings."""
-    model: DecoderConfig | RecurrentDecoderConfig = field(default_factory=lambda: DecoderConfig(dim=32))
-    """A causal Transformer, or a recurrent network."""
+    model: DecoderConfig | UniversalDecoderConfig | RecurrentDecoderConfig = field(
+        default_factory=lambda: DecoderConfig(dim=32)
+    )
+    """A causal Transformer, one layer of it applied several times (universal), or a recurrent network."""
     max_steps: int | None = 2000
     """Optimizer steps; null trains for `num_train_epochs`."""
 
