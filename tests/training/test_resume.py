@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tameformer.recipes.launch import train
 from tameformer.record import RunReader
 from tameformer.training import CheckpointFolder, Listener
 
+pytestmark = pytest.mark.usefixtures("unreported")
 MAX_STEPS = 26
 SMALL = {
     "max_steps": MAX_STEPS,
@@ -88,6 +90,42 @@ class _InterruptAfterStep14(Listener):
     def on_save(self, step):
         if step == 13:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupted(folder: Path, overrides: dict, steps) -> dict:
+    """The final state of a run that SIGTERM stopped in each of these steps."""
+    inject = ",".join(f"term@{step}" for step in steps)  # each strikes once in the life of the folder
+    for _ in steps:
+        result = run(folder, overrides, resume="auto", inject=inject)
+        assert (result.finished, result.exit_code) == (False, 143)
+    assert run(folder, overrides, resume="auto", inject=inject).finished
+    return final_state(folder)
+
+
+def test_five_interruptions_of_a_patched_model(tmp_path_factory, tmp_path):
+    """The state of sigmaReparam, singular vectors and all, is part of what goes on."""
+    patched = {"stabilize": ["sigma_reparam"], "gradient_accumulation_steps": 2}
+    straight = _straight(tmp_path_factory, patched)
+    assert interrupted(tmp_path, {**patched, "data.num_workers": 2}, (1, 5, 14, 15, 25)) == straight
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(24))
+def test_any_combination_interrupted_anywhere(tmp_path_factory, tmp_path, seed):
+    """Workers, augmentation, accumulation, average, patch and optimizer drawn at random, stopped 1 to 5 times."""
+    draw = random.Random(seed)
+    overrides = {
+        "data.num_workers": draw.choice([0, 2]),
+        "data.augment": draw.choice([[], ["shift", "affine"], ["trivial_augment"]]),
+        "data.mixup_alpha": draw.choice([0.0, 0.2]),
+        "gradient_accumulation_steps": draw.choice([1, 4]),
+        "optim.ema_decay": draw.choice([None, 0.9]),
+        "optim.name": draw.choice(["adamw", "sgd", "muon"]),
+        "stabilize": draw.choice([[], ["sigma_reparam"], ["qk_norm"], ["layer_scale"]]),
+    }
+    steps = sorted(draw.sample(range(1, MAX_STEPS), draw.randint(1, 5)))
+    assert interrupted(tmp_path, overrides, steps) == _straight(tmp_path_factory, overrides)
 
 
 _STRAIGHT: dict[str, dict] = {}
