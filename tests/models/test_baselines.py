@@ -7,6 +7,7 @@ from torch import nn
 from tameformer.models import ConvolutionalConfig, RecurrentDecoderConfig, convolutional_classifier, recurrent_decoder
 from tameformer.models.convolutional import Block
 from tameformer.models.recurrent import RecurrentConfig, RecurrentEncoder
+from tameformer.optim.groups import is_matrix
 
 
 def decoder(**settings):
@@ -79,6 +80,16 @@ def test_a_block_is_its_shortcut_plus_its_convolutions():
     for parameter in wider.second.parameters():
         nn.init.zeros_(parameter)
     assert torch.equal(wider(x), wider.shortcut(x).relu())
+
+
+def test_weight_decay_reaches_the_matrices_of_recurrences():
+    model = decoder(num_layers=2)
+    decayed = {
+        name
+        for name, parameter in model.named_parameters()
+        if is_matrix(name, model.get_submodule(name.rpartition(".")[0]), parameter)
+    }
+    assert decayed == {f"recurrence.weight_{side}h_l{layer}" for side in "ih" for layer in (0, 1)}
 
 
 @pytest.mark.parametrize("architecture", ["resnet", "cnn"])

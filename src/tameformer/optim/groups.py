@@ -16,7 +16,7 @@ Selector = Callable[[str, nn.Module, nn.Parameter], bool]
 
 # Weight decay pulls matrices toward zero, where zero means "no effect". For a norm's scale, an embedding or a bias it means
 # something else, so that they are left alone (Loshchilov and Hutter 2017, arXiv:1711.05101, as practised since GPT-2).
-_MATRIX_OWNERS = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttention)
+_MATRIX_OWNERS = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Rule:
 
 
 def is_matrix(name: str, module: nn.Module, parameter: nn.Parameter) -> bool:
-    """True for the weights of linear layers, convolutions and attention projections, also parametrized ones.
+    """True for the weights of linear and recurrent layers, convolutions and attention projections, also parametrized ones.
 
     A parametrization may know better: with an attribute `decayed_parameters` it names those of its parameters that weight
     decay is meant for, and "original" among them means the weight that it is computed from.
