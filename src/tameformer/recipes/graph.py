@@ -14,6 +14,7 @@ from tameformer.models import Architecture
 from tameformer.models.graph import GraphConfig
 from tameformer.recipes.assemble import assemble, require_path
 from tameformer.recipes.config import RecipeConfig
+from tameformer.recipes.vision import class_sums
 from tameformer.training import Engine, Run, mean_metrics
 from tameformer.training.step import Batch
 
@@ -70,8 +71,4 @@ def evaluate(engine: Engine, model: nn.Module, *, source: NodeSource) -> dict[st
 
 def measure(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     """Sums over the nodes that count."""
-    logits = model(batch["features"], batch["edges"])[batch["nodes"]].float()
-    return {
-        "loss": F.cross_entropy(logits, batch["labels"], reduction="sum"),
-        "accuracy": (logits.argmax(-1) == batch["labels"]).sum(),
-    }
+    return class_sums(model(batch["features"], batch["edges"])[batch["nodes"]], batch["labels"])

@@ -1,4 +1,8 @@
-"""Translation with an encoder-decoder (Vaswani et al. 2017, "Attention is all you need", arXiv:1706.03762)."""
+"""Translation with an encoder-decoder.
+
+A Transformer (Vaswani et al. 2017, "Attention is all you need", arXiv:1706.03762), or a recurrent one with additive attention
+or without (Bahdanau et al. 2014, arXiv:1409.0473).
+"""
 
 import json
 import math
@@ -7,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor, nn
@@ -17,10 +22,12 @@ from tameformer.data.pairs import PairSource, read_pairs, read_pairs_tsv, tokeni
 from tameformer.data.tokenizers import BPETokenizer, train_bpe
 from tameformer.health import prior_loss
 from tameformer.models import Architecture, EncoderDecoder, EncoderDecoderConfig
-from tameformer.models.generate import beam_search, translation_steps
+from tameformer.models.generate import Steps, beam_search, translation_steps
+from tameformer.models.recurrent_translation import RecurrentSteps, RecurrentTranslation, RecurrentTranslationConfig
 from tameformer.recipes.assemble import assemble, frequencies, require_path
 from tameformer.recipes.bleu import bleu_scores, bleu_signatures
 from tameformer.recipes.config import RecipeConfig
+from tameformer.record import write_figure
 from tameformer.training import Engine, Run, mean_metrics
 from tameformer.training.run import Evaluation
 from tameformer.training.step import Batch
@@ -78,7 +85,7 @@ class Config(RecipeConfig):
 
     data: PairsConfig = field(default_factory=PairsConfig)
     """The pairs."""
-    model: EncoderDecoderConfig = field(default_factory=EncoderDecoderConfig)
+    model: EncoderDecoderConfig | RecurrentTranslationConfig = field(default_factory=EncoderDecoderConfig)
     """The encoder-decoder."""
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     """The search for translations."""
@@ -119,7 +126,7 @@ def build(config: Config, folder: Path) -> Run:
     return assemble(
         config,
         folder=folder,
-        model=Architecture("encoder_decoder", config.model, told),
+        model=Architecture.of(config.model, **told),
         source=train,
         plan=TokenBuckets(
             train.lengths,
@@ -130,7 +137,7 @@ def build(config: Config, folder: Path) -> Run:
         loss=partial(translation_loss, label_smoothing=config.label_smoothing),
         unit="tokens",
         evaluate=evaluate,
-        test=partial(translated, pairs=to_test),
+        test=partial(translated, pairs=to_test, folder=folder),
         trivial_loss=prior_loss(
             frequencies(train, tokenizer.vocab_size).tolist(), label_smoothing=config.label_smoothing
         ),
@@ -191,10 +198,32 @@ def translation_quality(
     decoding: DecodingConfig,
     max_tokens: int,
     language: str,
+    folder: Path | None = None,
 ) -> dict[str, float]:
-    """BLEU of the model's translations, as `bleu_scores` has it."""
+    """BLEU of the model's translations, as `bleu_scores` has it; with a run folder, by length for its report, too."""
     translations = translate(engine, model, [source for source, _ in pairs], tokenizer, decoding, max_tokens)
+    if folder is not None and engine.is_main:
+        write_bleu_by_length(folder, pairs, translations, language)
     return bleu_scores(translations, [target for _, target in pairs], language=language)
+
+
+def write_bleu_by_length(folder: Path, pairs: Pairs, translations: Sequence[str], language: str) -> None:
+    """Lower-cased BLEU over sources of about equal length, for the report: fifths of the sentences, from short to long."""
+    lengths = np.array([len(source.split()) for source, _ in pairs])
+    fifths = [part for part in np.array_split(np.argsort(lengths, kind="stable"), 5) if len(part)]
+    places, scores = [], []
+    for part in fifths:
+        chosen = part.tolist()
+        ours, theirs = [str(translations[i]) for i in chosen], [pairs[i][1] for i in chosen]
+        found = bleu_scores(ours, theirs, language=language)
+        place = float(lengths[part].mean())
+        places.append(place if not places else max(place, places[-1]))
+        scores.append(found["bleu_lowercased"])
+    caption = f"Fifths of {len(pairs):,} sentences from short to long; lower-cased BLEU."
+    title, label = "BLEU by sentence length", "words of the source, mean of a fifth"
+    lines = {"BLEU": scores}
+    figure = {"kind": "lines", "title": title, "caption": caption, "x": places, "x_label": label, "lines": lines}
+    write_figure(folder, "bleu-by-length", figure)
 
 
 def translate(
@@ -206,17 +235,15 @@ def translate(
     max_tokens: int,
 ) -> list[str]:
     """The best translation found for each sentence, in order; the work is shared by all processes."""
-    if not isinstance(model, EncoderDecoder):
-        raise TypeError(f"expected an EncoderDecoder, got {type(model).__name__}")
     source = tokenized_pairs([(sentence, "") for sentence in sentences], tokenizer)
     plan = LengthSortedBatches(source.lengths[:, :1], max(1, max_tokens // decoding.num_beams))
     found: list[tuple[int, str]] = []
     for step in range(engine.rank, plan.steps_in_epoch(0), engine.world_size):
         keys: SampleKeys = plan.batch(step)
         batch = engine.place(source.fetch(keys))
-        steps = translation_steps(model, batch["source"], source_mask=batch["source_mask"], start_id=tokenizer.begin_id)
+        steps, max_length = decoding_steps(model, batch, tokenizer.begin_id)
         longest = batch["source"].shape[1]
-        limit = min(model.max_length - 1, round(1.5 * longest) + decoding.extra_length)
+        limit = min(max_length - 1, round(1.5 * longest) + decoding.extra_length)
         tokens, _ = beam_search(
             steps,
             num_beams=decoding.num_beams,
@@ -227,6 +254,16 @@ def translate(
         texts = [tokenizer.decode(_until(row, tokenizer.end_id)) for row in tokens.cpu()]
         found += zip(keys.indices.tolist(), texts, strict=True)
     return [text for _, text in sorted(engine.gather(found))]
+
+
+def decoding_steps(model: nn.Module, batch: Batch, start_id: int) -> tuple[Steps, int]:
+    """What a search goes through, and how long a target the model can hold."""
+    source, mask = batch["source"], batch["source_mask"]
+    if isinstance(model, EncoderDecoder):
+        return translation_steps(model, source, source_mask=mask, start_id=start_id), model.max_length
+    if isinstance(model, RecurrentTranslation):
+        return RecurrentSteps(model, source, mask, start_id), model.max_length
+    raise TypeError(f"expected an EncoderDecoder or a RecurrentTranslation, got {type(model).__name__}")
 
 
 def _until(row: Tensor, end_id: int) -> list[int]:

@@ -233,8 +233,13 @@ def evaluate(engine: Engine, model: nn.Module, *, source: ImageSource, batch_siz
 
 def measure(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     """Sums over a batch of images."""
-    logits = model(batch["images"]).float()
+    return class_sums(model(batch["images"]), batch["labels"])
+
+
+def class_sums(logits: Tensor, labels: Tensor) -> Mapping[str, Tensor]:
+    """Cross-entropy and right answers, summed over the samples."""
+    logits = logits.float()
     return {
-        "loss": F.cross_entropy(logits, batch["labels"], reduction="sum"),
-        "accuracy": (logits.argmax(-1) == batch["labels"]).sum(),
+        "loss": F.cross_entropy(logits, labels, reduction="sum"),
+        "accuracy": (logits.argmax(-1) == labels).sum(),
     }

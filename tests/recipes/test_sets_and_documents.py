@@ -1,0 +1,108 @@
+"""Sets know no order, documents are read by sentence, and both recipes learn, show what they saw, and are exported."""
+
+import json
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+
+import tameformer as tame
+from tameformer.cli.__main__ import main
+from tameformer.data import SampleKeys
+from tameformer.data.point_sets import PointSets
+from tameformer.data.sentences import TokenizedDocuments, sentences
+from tameformer.data.sources import digits
+from tameformer.data.tokenizers import BPETokenizer
+from tameformer.recipes.config import ProbesConfig
+
+SMALL = {
+    "model.dim": 16, "precision": "fp32", "loop.logging_steps": 10, "optim.warmup_steps": 3, "optim.peak_lr": 0.01,
+    **{f"probes.{one.name}": None for one in fields(ProbesConfig)},
+}  # fmt: skip
+HOSTILE = "<script>alert(1)</script>"
+
+
+def test_a_point_is_where_a_pixel_is_and_how_bright():
+    source = digits("train")
+    points = PointSets(source, 5).fetch(SampleKeys(0, 0, np.array([3])))
+    image = source.images[3, 0]
+    brightest = np.argsort(-image.ravel(), kind="stable")[:5]
+    expected = np.stack([brightest // 8 / 3.5 - 1, brightest % 8 / 3.5 - 1, image.ravel()[brightest]], axis=1)
+    assert points["real"].all()
+    np.testing.assert_allclose(points["points"][0], expected, atol=1e-6)
+
+
+def test_black_pixels_are_no_points_and_padding_is_told():
+    source, keys = digits("train"), SampleKeys(0, 0, np.arange(10))
+    batch = PointSets(source, 64).fetch(keys)
+    assert batch["real"].sum(1).tolist() == (source.images[:10, 0] > 0).sum((1, 2)).tolist()
+    assert (batch["points"][~batch["real"]] == 0).all()
+    assert PointSets(source, 64).width == 3
+
+
+def test_texts_are_cut_into_sentences_and_padded_on_both_axes():
+    assert sentences("One. Two!\nThree <br /> four? ") == ["One.", "Two!", "Three", "four?"]
+    assert sentences(" ") == [" "]
+    source = TokenizedDocuments([[[5, 6], [7]], [[8, 9, 9]]], np.array([1, 0]), 0)
+    batch = source.fetch(SampleKeys(0, 0, np.array([1, 0])))
+    assert batch["tokens"].tolist() == [[[8, 9, 9], [0, 0, 0]], [[5, 6, 0], [7, 0, 0]]]
+    assert batch["real"].tolist() == (batch["tokens"] > 0).tolist()
+    assert batch["labels"].tolist() == [0, 1]
+    assert source.lengths.tolist() == [3, 3]
+
+
+def test_sets_are_learned_in_any_order(tmp_path, capsys):
+    result = tame.train(
+        "set", overrides={**SMALL, "max_steps": 60, "model.num_heads": 2, "output_dir": str(tmp_path / "run")}
+    )
+    assert result.metrics["eval/accuracy"] > 0.25
+    tame.export(tmp_path / "run", tmp_path / "out")
+    model = tame.load(tmp_path / "out")
+    batch = PointSets(digits("test"), 64).fetch(SampleKeys(0, 0, np.arange(4)))
+    order = torch.randperm(batch["points"].shape[1], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first = model(batch["points"], real=batch["real"])
+        second = model(batch["points"][:, order], real=batch["real"][:, order])
+    torch.testing.assert_close(first, second)
+    assert main(["diagnose", str(tmp_path / "run")]) == 0
+    assert "Attention heads" in capsys.readouterr().out
+    values = {**SMALL, "max_steps": 4, "stabilize": ["sigma_reparam"], "output_dir": str(tmp_path / "stable")}
+    assert np.isfinite(tame.train("set", overrides=values).metrics["eval/loss"])
+    for changes, message in (
+        ({"max_points": 0}, "max_points must be at least 1, got 0"),
+        ({"model.elements": "tokens"}, r"points are vectors, got model\.elements tokens"),
+        ({"data.cutmix_alpha": 1.0}, r"data\.cutmix_alpha mixes images"),
+    ):
+        with pytest.raises(Exception, match=message):
+            tame.train("set", overrides={**changes, "output_dir": str(tmp_path / "none")})
+
+
+def test_documents_are_learned_and_their_attention_is_shown_and_escaped(tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    words = ["film", "plot", "scene", "actor", "music"]
+    rows = []
+    for index in range(120):
+        said = [" ".join(generator.choice(words, 4)) + "." for _ in range(3)]
+        said[index % 3] = f"it was {'superb' if index % 2 else 'dreadful'} {HOSTILE}."
+        rows.append(json.dumps({"text": " ".join(said), "label": index % 2}))
+    (tmp_path / "reviews.jsonl").write_text("\n".join(rows) + "\n")
+    values = SMALL | {
+        "data.path": str(tmp_path / "reviews.jsonl"), "data.vocab_size": 300, "data.batch_size": 12, "max_steps": 80,
+        "model.dropout": 0.0, "optim.peak_lr": 0.03, "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    assert tame.train("hierarchical", overrides=values).metrics["eval/accuracy"] > 0.9
+    figure = json.loads((tmp_path / "run" / "figures" / "attention.json").read_text())
+    tokenizer = BPETokenizer.load(tmp_path / "run" / "tokenizer.json")
+    last = [json.loads(row) for row in rows[-12:]]
+    for passage, row in zip(figure["passages"], last, strict=False):
+        shown = ["".join(word for word, _ in line[1]) for line in passage["lines"]]
+        assert shown == [tokenizer.decode(tokenizer.encode(one)) for one in sentences(row["text"])]
+        assert max(line[0] for line in passage["lines"]) == 1
+        assert all(max(weight for _, weight in line[1]) == 1 for line in passage["lines"])
+    html = (tmp_path / "run" / "report.html").read_text()
+    assert 'class="block passage"' in html
+    assert "<script>" not in html
+    assert main(["diagnose", str(tmp_path / "run")]) == 0
+    again = {**values, "max_steps": 4, "stabilize": ["sigma_reparam"], "output_dir": str(tmp_path / "stable")}
+    assert np.isfinite(tame.train("hierarchical", overrides=again).metrics["eval/loss"])
