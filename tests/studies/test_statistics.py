@@ -25,6 +25,7 @@ def test_the_interval_is_students(n, t):
 
 def test_one_value_has_no_interval_and_none_has_nothing():
     assert interval([3.0]) == Interval(3.0, None, 1)
+    assert interval([37 / 360] * 3).half_width == 0.0  # all at chance: the mean rounds, the spread must not
     assert (Interval(3.0, None, 1).low, Interval(3.0, None, 1).high) == (3.0, 3.0)
     assert interval([]) is None
 

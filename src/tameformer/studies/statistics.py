@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import stdev
 
 from scipy.special import stdtrit
 
@@ -46,7 +47,8 @@ def interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval |
     mean = math.fsum(values) / n if all(map(math.isfinite, values)) else math.nan
     if n == 1:
         return Interval(mean, None, 1)
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    # In exact arithmetic: equal values have no spread at all, whatever rounding does to their mean.
+    deviation = stdev(values) if math.isfinite(mean) else math.nan
     return Interval(mean, float(stdtrit(n - 1, 0.5 + confidence / 2)) * deviation / math.sqrt(n), n)
 
 
