@@ -17,6 +17,11 @@ from tameformer.models.hierarchical import (
 )
 from tameformer.models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderConfig, masked_autoencoder
 from tameformer.models.recurrent import RecurrentConfig, RecurrentDecoderConfig, recurrent_decoder
+from tameformer.models.recurrent_translation import (
+    RecurrentTranslation,
+    RecurrentTranslationConfig,
+    recurrent_translation,
+)
 from tameformer.models.set import SetClassifier, SetConfig, set_classifier
 from tameformer.models.speech import (
     CTCRecognizer,
@@ -75,6 +80,8 @@ __all__ = [
     "RecurrentConfig",
     "RecurrentDecoderConfig",
     "RecurrentSpeechConfig",
+    "RecurrentTranslation",
+    "RecurrentTranslationConfig",
     "SetClassifier",
     "SetConfig",
     "SpeechConfig",
@@ -104,6 +111,7 @@ __all__ = [
     "ponder_cost",
     "recurrent_decoder",
     "recurrent_recognizer",
+    "recurrent_translation",
     "sample",
     "set_classifier",
     "speech_recognizer",
