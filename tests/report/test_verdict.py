@@ -180,6 +180,12 @@ def test_sharp_heads_of_a_run_that_learns_are_no_trouble():
     assert (found.level, "no harm while the loss goes on falling" in found.text) == ("good", True)
 
 
+def test_a_loss_that_stopped_falling_is_not_said_to_go_on_falling():
+    log = {"train/loss": series(4.0, *[3.0] * 60)}
+    (found,) = collapsed_attention(run(log, probes=entropies((2, 2), (2, 0.1))))
+    assert (found.level, "goes on falling" in found.text) == ("note", False)
+
+
 def test_the_verdict_tells_the_worst_first_and_grades_the_run():
     good = judge(run({"train/loss": series(2.0, 1.0)}, "finish"))
     assert (good.level, good.headline) == ("good", "Finished at step 10.")

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from tameformer.limits import ALWAYS_CLIPPED, ENTROPY_COLLAPSED, OVER_FITTING_RISE
-from tameformer.report.loss import Departure, departure, smoothed
+from tameformer.report.loss import Departure, departure, smoothed, stall
 from tameformer.report.quantities import quantity_of
 from tameformer.report.read import Event, Probe, Run, Series, share_of
 from tameformer.report.trouble import COLLAPSE, first_trouble, onsets
@@ -224,7 +224,7 @@ def collapsed_attention(run: Run) -> list[Finding]:
     if probe is None or ceilings is None:
         return []
     loss = run.log.get("train/loss")
-    gone = departure(loss) if loss is not None else None
+    gone = (departure(loss) or stall(loss)) if loss is not None else None
     shares = share_of(probe, ceilings).values
     heads: dict[str, list[tuple[int | None, int]]] = {}
     for onset in onsets(shares, probe.steps, COLLAPSE):
@@ -232,7 +232,7 @@ def collapsed_attention(run: Run) -> list[Finding]:
         still = shares[onset.row][np.isfinite(shares[onset.row])][-1] < ENTROPY_COLLAPSED
         if still and (gone is None or onset.step <= gone.step):  # what came after the loss went is no cause
             heads.setdefault(layer, []).append((head, onset.step))
-    level: Level = "good" if gone is None else "note" if gone.back is not None else "bad"
+    level: Level = "good" if gone is None else "note" if gone.back is not None or gone.how == "stalled" else "bad"
     first = sorted(heads, key=lambda layer: min(since for _, since in heads[layer]))
     findings = [Finding(level, _collapse(layer, heads[layer], gone)) for layer in first[:MOST_LAYERS]]
     if left := first[MOST_LAYERS:]:
