@@ -15,7 +15,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy import stats
 
 from tameformer.record import RunReader
 from tameformer.report.drawing import MUTED, PALETTE
@@ -26,7 +25,7 @@ ENTROPY = "train/attention_entropy"
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("comparison", type=Path, help="folder that `tame compare` wrote")
+    options.add_argument("comparison", type=Path, nargs="+", help="folders that `tame compare` wrote")
     options.add_argument("--output", type=Path, required=True, help="the picture")
     options.add_argument("--metric", default="eval/loss")
     given = options.parse_args(arguments)
@@ -36,13 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
         for color, method in zip(PALETTE, methods, strict=False):
-            by_rate(left, [(rate, [value for _, value in found[method, rate]]) for rate in rates], method, color)
-            for run, _ in found[method, rates[-1]]:
+            values = [(rate, [value for _, value in found.get((method, rate), ())]) for rate in rates]
+            by_rate(left, [(rate, of_rate) for rate, of_rate in values if of_rate], method, color)
+            for run, _ in found.get((method, rates[-1]), ()):
                 by_step(right, run, color)
         left.set_xscale("log")
         left.set_xticks(rates, [f"{rate:g}" for rate in rates])
         left.minorticks_off()
-        left.set(xlabel="peak learning rate", title=f"{given.metric}, mean and 95 % interval of the seeds")
+        left.set(xlabel="peak learning rate", title=f"{given.metric}, each seed and their mean")
         left.legend(frameon=False)
         right.set(xlabel="step", ylim=(0, None), title=f"mean attention entropy at {rates[-1]:g}, nats, each seed")
         for axes in (left, right):
@@ -51,28 +51,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         figure.savefig(given.output, dpi=130)
 
 
-def points(folder: Path, metric: str) -> Points:
+def points(folders: Sequence[Path], metric: str) -> Points:
     """Run folder and metric of each finished run, by method and rate."""
     found: dict[tuple[str, float], list[tuple[Path, float]]] = defaultdict(list)
-    with open(folder / "compare.csv", encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            if row["state"] == "finished":
-                found[row["stabilize"], float(row["optim.peak_lr"])].append(
-                    (folder / row["folder"], float(row[metric]))
-                )
+    for folder in folders:
+        with open(folder / "compare.csv", encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file):
+                if row["state"] == "finished":
+                    run = (folder / row["folder"], float(row[metric]))
+                    found[row["stabilize"], float(row["optim.peak_lr"])].append(run)
     return found
 
 
 def by_rate(axes: Axes, values: Sequence[tuple[float, Sequence[float]]], name: str, color: str) -> None:
-    """Means with Student's interval over the seeds."""
-    means = [statistics.fmean(of_rate) for _, of_rate in values]
-    widths = [
-        stats.t.ppf(0.975, len(of_rate) - 1) * statistics.stdev(of_rate) / len(of_rate) ** 0.5
-        if len(of_rate) > 1
-        else 0
-        for _, of_rate in values
-    ]
-    axes.errorbar([rate for rate, _ in values], means, widths, color=color, marker="o", capsize=3, label=name)
+    """A line through the means, and a point for each seed."""
+    axes.plot(
+        [rate for rate, _ in values], [statistics.fmean(of_rate) for _, of_rate in values], color=color, label=name
+    )
+    seeds = [(rate, value) for rate, of_rate in values for value in of_rate]
+    axes.plot(*zip(*seeds, strict=True), "o", color=color, markersize=4, alpha=0.6)
 
 
 def by_step(axes: Axes, run: Path, color: str) -> None:
