@@ -13,7 +13,7 @@ from tameformer.report import write_report
 TINY = {
     "data.num_frames": 4, "data.side": 8, "data.noise": 0.0, "data.num_train_samples": 200, "data.num_eval_samples": 40,
     "data.batch_size": 32, "data.target": "digit", "max_steps": 40, "loop.logging_steps": 8, "loop.eval_steps": 20,
-    "optim.peak_lr": 0.01,
+    "optim.peak_lr": 0.01, "overfit_batches": 1,
 }  # fmt: skip
 MODELS = {
     "transformer": {"model.dim": 16, "model.num_heads": 2, "model.num_layers": 1, "model.hidden_dim": 32},
@@ -27,7 +27,7 @@ def test_learns_is_shown_diagnosed_and_exported(architecture, tmp_path, capsys):
     values = {**TINY, **MODELS[architecture], "model.architecture": architecture, "stabilize": ["sigma_reparam"]}
     result = train("video", overrides={**values, "output_dir": str(folder)})
     losses = [line["train/loss"] for line in RunReader(folder).log() if "train/loss" in line]
-    assert losses[-1] < 0.95 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     assert {key for key in result.metrics if key.startswith("eval/")} == {"eval/loss", "eval/accuracy"}
     assert len(RunReader(folder).figures()["films"]["rows"]) == 4
     assert "Films that are evaluated" in write_report(folder).read_text()
