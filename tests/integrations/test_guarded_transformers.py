@@ -184,16 +184,17 @@ def test_accumulated_losses_are_the_loss_of_the_step(told, tmp_path):
                 loss = loss * BATCH / kwargs["num_items_in_batch"]
             return {"loss": loss}
 
-    class Told(Model):
-        pass
+    class Untold(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = Model()
 
-    class Untold(Model):
         def forward(self, pixel_values, labels):
-            return super().forward(pixel_values, labels)
+            return self.model(pixel_values, labels)
 
     callback = guarded()
     training = trainer(
-        tmp_path, Images(), [callback], Told() if told else Untold(), gradient_accumulation_steps=2, max_steps=2
+        tmp_path, Images(), [callback], Model() if told else Untold(), gradient_accumulation_steps=2, max_steps=2
     )
 
     class Look(transformers.TrainerCallback):
@@ -213,6 +214,8 @@ def test_too_many_refused_steps_end_training_with_sound_weights(tmp_path):
     assert all(value.isfinite().all() for value in training.model.state_dict().values())
     assert not training.model._forward_hooks
     assert "DivergedError" in events(tmp_path, "stop")[-1]["message"]
+    assert len(events(tmp_path, "diverged")) == 1
+    assert not events(tmp_path, "rollback")  # nobody can
     assert len(events(tmp_path)) == 2
 
 

@@ -7,6 +7,7 @@ comes to it, and a schedule that moved all the same is put back afterwards. Noth
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ class GuardedSteps:
         steps_done: int = 0,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        self.guard, self._optimizer = Guard(model, optimizer, output_dir=output_dir, config=config), optimizer
+        no_way_back = replace(config, max_rollbacks=0)
+        self.guard, self._optimizer = Guard(model, optimizer, output_dir=output_dir, config=no_way_back), optimizer
         if state is not None:
             self.guard.load_state_dict(state)
         self.guard.steps_done = steps_done
@@ -78,7 +80,7 @@ class GuardedSteps:
         # A loss that nobody told is judged as 0: the gradients of one that is not finite are not finite either.
         loss: Tensor | float = 0.0
         if self._losses:
-            losses = torch.stack(self._losses)
+            losses = torch.stack([each.to(self._losses[0].device) for each in self._losses])  # replicas have their own
             loss = losses.sum() if self._is_sum else losses.mean()
         self._losses = []
         if not self.guard.step(loss, grad_norm=grad_norm):
