@@ -31,6 +31,7 @@ _HARMLESS = (
     "loop.logging_steps",
     "loop.eval_steps",
     "loop.hang_timeout",
+    "loop.pause_after",
     "checkpoint.",
     "data.num_workers",
 )
@@ -45,6 +46,10 @@ _FUNDAMENTAL = (
     "optim.name",
     "overfit_batches",
     "stabilize",
+    "finetune.mixout",  # with mixout_by: what is held, and toward what
+    "finetune.prior_decay",
+    "finetune.lora_rank",
+    "finetune.reinit_layers",
 )
 
 
@@ -57,11 +62,11 @@ class Result:
     step: int
     """Steps completed."""
     finished: bool
-    """False when a signal stopped it after a save; resume it with `resume="auto"`."""
+    """False when it paused, or a signal stopped it, after a save; resume it with `resume="auto"`."""
     metrics: Mapping[str, float]
     """The last value of every metric, by slash-separated key."""
     exit_code: int
-    """0, or 128 + the number of the signal that stopped the run."""
+    """0 when finished or paused, or 128 + the number of the signal that stopped the run."""
 
 
 def train(
@@ -160,8 +165,9 @@ def launch(
             if engine.is_main:
                 report.write_report(folder)
     interrupted = outcome.status == "running"
-    # A signal may have come to one process only; all have stopped for it, and all say so.
-    exit_code = max(engine.gather([stop.exit_code])) if interrupted else 0
+    # A signal may have come to one process only; all have stopped for it, and all say so. Without one the run has paused.
+    signalled = max(engine.gather([0 if stop.signal_number is None else stop.exit_code]))
+    exit_code = signalled if interrupted else 0
     return Result(folder, outcome.step, not interrupted, outcome.metrics, exit_code)
 
 

@@ -75,8 +75,8 @@ def run_state(run: Run) -> tuple[State, str]:
         return "empty", "Nothing has been logged yet."
     last = run.last_step
     loss = run.log.get("train/loss")
-    marks = [event for event in run.events if event.kind in ("start", "resume", "stop", "finish", "diverged")]
-    ended = marks[-1].kind if marks and marks[-1].kind in ("stop", "finish", "diverged") else None
+    marks = [event for event in run.events if event.kind in ("start", "resume", "stop", "pause", "finish", "diverged")]
+    ended = marks[-1].kind if marks and marks[-1].kind in ("stop", "pause", "finish", "diverged") else None
     if loss is not None and len(loss) and not np.isfinite(loss.values[-1]):
         tail = loss.finite.steps[-1] if len(loss.finite) else -1
         since = int(loss.steps[loss.steps > tail][0])
@@ -91,6 +91,8 @@ def run_state(run: Run) -> tuple[State, str]:
         return "finished", f"Finished at step {last:,}."
     if ended == "stop":
         return "stopped", f"Stopped at step {last:,}, before its end."
+    if ended == "pause":
+        return "stopped", f"Paused at step {last:,}, as asked for, before its end."
     return "unfinished", f"Not finished: still running, or killed. The last record is of step {last:,}{_planned(run)}."
 
 

@@ -1,4 +1,4 @@
-"""What the folder of one run of a comparison says: waiting, running, finished, diverged, failed, or interrupted."""
+"""What the folder of one run of a study says: waiting, running, paused, finished, diverged, failed, or interrupted."""
 
 import fcntl
 import json
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from tameformer.errors import RecordError
 from tameformer.record import LOG, RunReader, decode_number, write_atomically
 
-State = Literal["waiting", "interrupted", "finished", "diverged", "failed"]
+State = Literal["waiting", "interrupted", "paused", "finished", "diverged", "failed"]
 SETTLED: tuple[State, ...] = ("finished", "diverged", "failed")
 EXIT, OUTPUT, LOCK = "exit.json", "output.txt", ".lock"
 DIVERGED = 3
@@ -43,6 +43,8 @@ def state_of(folder: Path) -> tuple[State, str]:
     if events and events[-1].get("kind") == "finish":
         return "finished", ""
     ended = read_exit(folder)
+    if events and events[-1].get("kind") == "pause" and (ended is None or ended[0] == 0):
+        return "paused", ""
     if ended is None:
         if events and events[-1].get("kind") == "diverged":
             return "diverged", str(events[-1].get("message", ""))

@@ -126,6 +126,10 @@ class Loop:
         listener.on_train_begin(start_step=self.step, max_steps=run.max_steps)
         if self.step == 0 and run.loop.eval_on_start and run.evaluate is not None:
             self._measure(run.evaluate, "eval")  # told, but no candidate for the best checkpoint
+        if self._pause_due():  # killed between the save and the word that it paused, or asked for once more
+            self._pause(measured=False)
+            listener.on_train_end(self.step)
+            return Outcome(self.step, self.status, dict(self.metrics))
         self.model.train()
         self._last_line = time.perf_counter()
         with closing(self._batches()) as batches:
@@ -155,6 +159,9 @@ class Loop:
                     self._save()
                 if result.stop_requested:
                     self._save_before_stopping()
+                    break
+                if self._pause_due():
+                    self._pause(measured=self._evaluation_due())
                     break
         self._write_lines()
         listener.on_train_end(self.step)
@@ -214,6 +221,7 @@ class Loop:
             self.engine.device.type == "cpu"
             or result.stop_requested
             or self._evaluation_due()
+            or self._pause_due()
             or self._every(every, self.step)
         ):
             self._settle()
@@ -374,7 +382,7 @@ class Loop:
         values = self._measure(self.run.evaluate, "eval")
         return self.selection.update(self.step, values)
 
-    def _measure(self, evaluation: Evaluation, prefix: str) -> dict[str, float]:
+    def _measure(self, evaluation: Evaluation, prefix: str, *, judged: bool = True) -> dict[str, float]:
         started = time.perf_counter()
         model = self.run.model if self.average is None else cast(nn.Module, self.average.module)
         with evaluating(model), self.engine.autocast():
@@ -382,7 +390,8 @@ class Loop:
         self._last_line += time.perf_counter() - started  # throughput is that of training
         self.metrics |= values
         self.listener.on_evaluate(self.step, {"epoch": self._epoch(), **values})
-        self._judge(self.step, values)
+        if judged:  # the detectors remember what they saw: a run that never paused has not seen this
+            self._judge(self.step, values)
         return values
 
     def _epoch(self) -> float:
@@ -437,13 +446,33 @@ class Loop:
         self.listener.on_event(self.step, "finish", f"{message}; {seconds:.1f} s of processor time so far", details)
 
     def _save_before_stopping(self) -> None:
+        self._make_sure_of_a_checkpoint()
+        self.listener.on_event(self.step, "stop", f"stopped by a signal after step {self.step}", {})
+
+    def _make_sure_of_a_checkpoint(self) -> None:
         """Save, unless this step is saved already, and read the checkpoint back: nobody is there to try again."""
         if self._saved_step != self.step:
             self._save(scheduled=False)
         self.engine.wait()
         if self._saved_step == self.step:
             verify(self.checkpoints.path(self.step))
-        self.listener.on_event(self.step, "stop", f"stopped by a signal after step {self.step}", {})
+
+    def _pause_due(self) -> bool:
+        pause = self.run.loop.pause_step(self.run.max_steps)
+        return pause is not None and self.step >= pause
+
+    def _pause(self, *, measured: bool) -> None:
+        """Evaluate, save and tell; what a run that never paused would not have measured here decides nothing later."""
+        if not measured and self.run.evaluate is not None:
+            self._write_lines()
+            self._measure(self.run.evaluate, "eval", judged=False)
+        self._make_sure_of_a_checkpoint()
+        share = self.run.loop.pause_after
+        message = (
+            f"paused after step {self.step}, {share:g} of the run; a resume with a larger pause_after, or null, goes on"
+        )
+        found = {key: value for key, value in self.metrics.items() if key.startswith("eval/")}
+        self.listener.on_event(self.step, "pause", message, found)
 
     def snapshot(self) -> Snapshot:
         """All that `restore` needs; every process must call it, the main one's answer is whole."""

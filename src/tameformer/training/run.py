@@ -1,5 +1,6 @@
 """What the loop is handed: finished objects, and how often to do what."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -78,14 +79,30 @@ class LoopConfig:
     """Evaluate before the first step, too: the loss that training starts from."""
     early_stopping_patience: int | None = None
     """Stop after this many evaluations without a better `checkpoint.best_metric`; null never stops early."""
+    pause_after: float | None = None
+    """Share of the run after which it evaluates, saves and stops; `--resume auto` with a larger share, or null, goes on."""
     hang_timeout: float | None = 1800.0
     """Seconds without a batch, in training or evaluation, after which the run says where it hangs, and the command ends."""
+
+    def pause_step(self, max_steps: int) -> int | None:
+        """The step after which a run of this length pauses; None for one that runs to its end.
+
+        Example:
+            >>> LoopConfig(pause_after=0.3).pause_step(10), LoopConfig(pause_after=0.3).pause_step(11)
+            (3, 4)
+        """
+        if self.pause_after is None:
+            return None
+        step = math.ceil(self.pause_after * max_steps - 1e-9)  # 0.3 * 10 is a little more than 3 in binary
+        return step if step < max_steps else None
 
     def __post_init__(self) -> None:
         for name in ("logging_steps", "eval_steps", "early_stopping_patience"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"loop.{name} must be at least 1, got {value}")
+        if self.pause_after is not None and not 0 < self.pause_after <= 1:
+            raise ValueError(f"loop.pause_after must lie in (0, 1], got {self.pause_after}; null runs to the end")
         if self.hang_timeout is not None and not self.hang_timeout > 0:
             raise ValueError(f"loop.hang_timeout must be positive, got {self.hang_timeout}; null waits for ever")
 
