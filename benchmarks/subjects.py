@@ -290,6 +290,7 @@ def ours(
     monitored: bool = True,
     compiled: bool = False,
     losses: list[float] | None = None,
+    change: Callable[[Run], Run] = lambda run: run,
 ) -> TrainingLoop:
     """Our loop as `tame train` sets it up: attention entropy, `log.jsonl` and TensorBoard every 10 steps, clipping.
 
@@ -300,6 +301,7 @@ def ours(
         monitored: Without, nothing is measured or written.
         compiled: Whether the model goes through `torch.compile`.
         losses: Gets the loss of each logged interval.
+        change: What is different from the recipe's run.
     """
 
     def loop(step_begins: StepBegins) -> None:
@@ -314,7 +316,7 @@ def ours(
 
         chosen = PRECISIONS[precision]
         run.set_attention_dtype(chosen.attention_dtype)
-        run = replace(run, batches=in_turns, watch=run.watch if monitored else None)
+        run = change(replace(run, batches=in_turns, watch=run.watch if monitored else None))
         if compiled:
             run.model.compile()
         with tempfile.TemporaryDirectory() as name:

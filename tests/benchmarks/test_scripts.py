@@ -18,6 +18,7 @@ SCRIPTS = [
     "stabilizers",
     "entropy_sampling",
     "complexity",
+    "guard",
 ]
 
 
