@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from tameformer.finetune import places
 from tameformer.models import (
     Architecture,
     EncoderConfig,
@@ -41,3 +42,26 @@ def test_the_encoder_has_the_same_names_in_both_and_both_are_rebuilt_from_files(
          if name.startswith("encoder.")} for each in (given, taken)
     ]  # fmt: skip
     assert names[0] == names[1]
+
+
+def test_the_mix_of_layers_starts_as_their_mean_and_can_be_the_last_one():
+    torch.manual_seed(0)
+    model = text_classifier(TextClassifierConfig(**SMALL, layer_mix=True), vocab_size=30, num_classes=3).eval()
+    tokens = torch.randint(30, (2, 5))
+    states = model.encoder.hidden_states(tokens)
+    assert len(states) == 3
+    torch.testing.assert_close(states[-1], model.encoder(tokens))
+    torch.testing.assert_close(model(tokens), model.head(torch.stack(states).mean(0).mean(1)))
+    with torch.no_grad():
+        model.mix.logits[-1] = 100.0
+    plain = text_classifier(TextClassifierConfig(**SMALL), vocab_size=30, num_classes=3).eval()
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("mix.")})
+    torch.testing.assert_close(model(tokens), plain(tokens))
+    model(tokens).sum().backward()
+    assert model.mix.scale.grad != 0
+
+
+def test_a_mix_of_layers_learns_as_fast_as_the_head():
+    model = text_classifier(TextClassifierConfig(**SMALL, layer_mix=True), vocab_size=30, num_classes=3)
+    found = places(model)
+    assert found["mix.logits"].above == found["head.weight"].above == 0

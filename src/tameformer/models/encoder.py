@@ -33,11 +33,17 @@ class Encoder(nn.Module):
 
     def forward(self, tokens: Tokens, *, real: Real | None = None, positions: Tokens | None = None) -> Stream:
         """The outputs at all tokens; `real` is True at real tokens, None says that none is padding."""
-        x = self.embedding(tokens)
-        if self.positions is not None:
-            x = self.positions(x, positions)
         mask = None if real is None else padding_mask(real)
-        return self.stack(self.dropout(x), mask=mask, positions=positions)
+        return self.stack(self._embedded(tokens, positions), mask=mask, positions=positions)
+
+    def hidden_states(self, tokens: Tokens, *, real: Real | None = None) -> list[Stream]:
+        """The embeddings and the output of each layer, all through the norm at the end; the last one is the output."""
+        mask = None if real is None else padding_mask(real)
+        return self.stack.outputs(self._embedded(tokens, None), mask=mask, positions=None)
+
+    def _embedded(self, tokens: Tokens, positions: Tokens | None) -> Stream:
+        x = self.embedding(tokens)
+        return self.dropout(x if self.positions is None else self.positions(x, positions))
 
 
 def encoder(config: EncoderConfig, *, vocab_size: int, initialize: Initializer = gpt2_init) -> Encoder:

@@ -199,6 +199,14 @@ class Stack(nn.Module):
             x = layer(x, index=index, **kwargs)
         return self.norm(x)
 
+    def outputs(self, x: Stream, **kwargs) -> list[Stream]:
+        """The stream before the first layer and after each, all through the norm at the end, so that their scales are alike."""
+        found = [self.norm(x)]
+        for index, layer in enumerate(self.layers):
+            x = layer(x, index=index, **kwargs)
+            found.append(self.norm(x))
+        return found
+
 
 def layer_stack(config: StackConfig, *, num_layers: int, max_length: int, cross_attention: bool = False) -> Stack:
     """The stack that `config` describes; rotary positions, if chosen, are one module that all its layers share.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tameformer.models.encoder import Encoder, EncoderConfig, encoder
 from tameformer.models.initialize import Initializer, gpt2_init
 from tameformer.models.parts import PARTS
+from tameformer.nn.layer_mix import LayerMix
 from tameformer.nn.pooling import Pooling
 from tameformer.shapes import Real, Tokens
 
@@ -26,6 +27,8 @@ class TextClassifierConfig(EncoderConfig):
     """How the outputs at all tokens become one classification."""
     head_dropout: float = 0.1
     """Probability of dropping a feature on its way into the head."""
+    layer_mix: bool = False
+    """Whether the head reads a learned mix of all layers, which starts as their mean, in place of the last one."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,16 +56,21 @@ class MaskedLanguageModel(nn.Module):
 class TextClassifier(nn.Module):
     """Logits of the classes of a text; built by `text_classifier`."""
 
-    def __init__(self, encoder: Encoder, pooling: Pooling, dropout: float, head: nn.Linear):
+    def __init__(
+        self, encoder: Encoder, pooling: Pooling, dropout: float, head: nn.Linear, mix: LayerMix | None = None
+    ):
         super().__init__()
         self.encoder = encoder
+        self.mix = mix
         self.pooling = pooling
         self.head_dropout = nn.Dropout(dropout)
         self.head = head
 
     def forward(self, tokens: Tokens, *, real: Real | None = None) -> Float[Tensor, "batch classes"]:
         """Logits of the classes; `real` is True at real tokens, None says that none is padding."""
-        return self.pooling(self.encoder(tokens, real=real), lambda x: self.head(self.head_dropout(x)), real)
+        mix, below = self.mix, self.encoder
+        x = below(tokens, real=real) if mix is None else mix(below.hidden_states(tokens, real=real))
+        return self.pooling(x, lambda x: self.head(self.head_dropout(x)), real)
 
 
 def masked_language_model(
@@ -97,6 +105,7 @@ def text_classifier(
         torch.Size([2, 3])
     """
     below, pooling = encoder(config, vocab_size=vocab_size), PARTS["pooling"][config.pooling](config.dim)
-    model = TextClassifier(below, pooling, config.head_dropout, nn.Linear(config.dim, num_classes))
+    mix = LayerMix(config.num_layers + 1) if config.layer_mix else None
+    model = TextClassifier(below, pooling, config.head_dropout, nn.Linear(config.dim, num_classes), mix)
     initialize(model)
     return model
