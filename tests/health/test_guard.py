@@ -8,6 +8,7 @@ from torch import nn
 import tameformer as tame
 from tameformer.errors import DivergedError
 from tameformer.health import GuardConfig
+from tameformer.health.policy import Policy
 
 TIGHT = GuardConfig(window=16, min_values=8, max_skips=2, healthy_steps=3)
 
@@ -110,3 +111,20 @@ def test_too_many_refusals_end_the_run_or_go_back():
 def test_an_optimizer_of_another_model_is_refused():
     with pytest.raises(ValueError, match="the optimizer holds no parameter of this Sequential"):
         tame.Guard(parts()[0], parts()[1])
+
+
+def test_going_back_begins_the_count_of_skips_anew():
+    policy = Policy(GuardConfig(max_skips=2, max_rollbacks=3))
+
+    def refused(step: int) -> str:
+        answer = policy.observe(step, math.nan, 1.0, taken=False)
+        assert answer is not None
+        return answer.do
+
+    assert [refused(step) for step in (1, 4)] == ["go_on", "go_on"]
+    kept = policy.state()  # the checkpoint that the run goes back to
+    assert refused(20) == "roll_back"
+    lost = policy.state()
+    policy.load(kept)
+    policy.rolled_back(lost)
+    assert [refused(step) for step in (5, 6, 7)] == ["go_on", "go_on", "roll_back"]

@@ -190,8 +190,13 @@ class Policy:
         self.rollbacks = state["rollbacks"]
 
     def rolled_back(self, lost: Mapping[str, Any]) -> None:
-        """The state is that of a checkpoint again; of `lost`, the one before, the number of rollbacks counts on."""
+        """The state is that of a checkpoint again; of `lost`, the one before, the number of rollbacks counts on.
+
+        Steps skipped before the checkpoint do not count any more: the rest of bad data that begins there may be as long as
+        any other before the run goes back once more.
+        """
         self.rollbacks = lost["rollbacks"] + 1
+        self._skips.clear()
 
     def _kind(self, loss: float, norm: float) -> Kind:
         if not (math.isfinite(loss) and math.isfinite(norm)):
