@@ -273,29 +273,32 @@ def resumed(trainer: str, folder: Path) -> dict[str, Any]:
     return {"exit": code, "began": began_at(trainer, folder) if code == 0 else None}
 
 
-def kills(trainer: str, folder: Path, count: int, *, seed: int, until: float) -> list[dict[str, Any]]:
-    """Kill that many runs in their second save and resume each."""
-    draw, found, number = random.Random(seed), [], 0
-    while len(found) < count and time.monotonic() < until:
+def kill(trainer: str, folder: Path, draw: random.Random) -> dict[str, Any] | None:
+    """Kill a run in its second save and resume it; None when the save had ended by then."""
+    process = run(trainer, folder)
+    while not in_a_save(trainer, folder, 2 * EVERY) and 2 * EVERY not in steps_of(trainer, folder):
+        if os.waitpid(process, os.WNOHANG)[0]:
+            if 2 * EVERY not in steps_of(trainer, folder):
+                output = (folder.parent / f"{folder.name}.txt").read_text(errors="replace")
+                raise RuntimeError(f"a run ended without its second save: {output[-2000:]}")
+            return None  # on a busy machine it may save and end while nobody looks
+        time.sleep(0.0002)
+    time.sleep(draw.uniform(0.0, 0.01))
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return resumed(trainer, folder) if in_a_save(trainer, folder, 2 * EVERY) else None
+
+
+def kills(folder: Path, count: int, *, seed: int, until: float) -> dict[str, list[dict[str, Any]]]:
+    """That many kills of each trainer, in turns."""
+    draw, number = random.Random(seed), 0
+    found: dict[str, list[dict[str, Any]]] = {trainer: [] for trainer in TRAINERS}
+    while time.monotonic() < until and min(map(len, found.values())) < count:
         number += 1
-        run_folder = folder / f"kill-{trainer}-{number}"
-        process = run(trainer, run_folder)
-        while not in_a_save(trainer, run_folder, 2 * EVERY) and 2 * EVERY not in steps_of(trainer, run_folder):
-            if os.waitpid(process, os.WNOHANG)[0]:
-                process = 0
-                break
-            time.sleep(0.0002)
-        if not process:  # on a busy machine it may save and end while nobody looks
-            if 2 * EVERY not in steps_of(trainer, run_folder):
-                raise RuntimeError(f"a run ended without its second save: {_last_words(folder, run_folder.name)}")
-            continue
-        time.sleep(draw.uniform(0.0, 0.01))
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-        if not in_a_save(trainer, run_folder, 2 * EVERY):
-            continue
-        found.append(resumed(trainer, run_folder))
-        print(f"{trainer}: kill {len(found)}: {found[-1]}", file=sys.stderr)
+        for trainer in TRAINERS:
+            if len(found[trainer]) < count and (after := kill(trainer, folder / f"kill-{trainer}-{number}", draw)):
+                found[trainer].append(after)
+                print(f"{trainer}: kill {len(found[trainer])}: {after}", file=sys.stderr)
     return found
 
 
@@ -309,10 +312,6 @@ def show_in(document: Path, results: Path) -> None:
     after = rest.partition("<!-- trainer_faults end -->")[2]
     text = "\n".join(tables)
     document.write_text(f"{before}{mark}{text}<!-- trainer_faults end -->{after}", encoding="utf-8")
-
-
-def _last_words(folder: Path, name: str) -> str:
-    return (folder / f"{name}.txt").read_text(errors="replace")[-2000:]
 
 
 def shown(found: dict[str, Any]) -> str:
@@ -333,11 +332,33 @@ def shown(found: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
+def faults(folder: Path, *, quick: bool) -> tuple[dict[str, Any], Table]:
+    """One run of each trainer with each fault: what was found, and as a table."""
+    raw: dict[str, Any] = {}
+    table = Table("One run each", ["fault", *TRAINERS.values()])
+    for number, (fault, plan) in enumerate(list(FAULTS.items())[: 2 if quick else None]):
+        found = raw[fault] = {}
+        for trainer in TRAINERS:
+            at = folder / f"{trainer}-{number}"
+            found[trainer] = outcome(trainer, at, ended(run(trainer, at, plan)))
+            if plan[0] in ("term", "disk") and found[trainer]["exit"]:
+                found[trainer]["resumed"] = resumed(trainer, at)
+            print(f"{fault}, {trainer}: {found[trainer]}", file=sys.stderr)
+        table.rows.append([fault, *(shown(found[trainer]) for trainer in TRAINERS)])
+    after = raw[CORRUPT] = {}
+    for trainer in TRAINERS:
+        at = folder / f"{trainer}-0"
+        after[trainer] = {"corrupt": corrupt(trainer, at), **resumed(trainer, at)}
+    table.rows.append([CORRUPT, *(_after_corruption(after[trainer]) for trainer in TRAINERS)])
+    return raw, table
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "python benchmarks/trainer_faults.py --kills 20")
     options.add_argument("--kills", type=int, default=20, help="in a save, for each trainer")
     options.add_argument("--minutes", type=float, default=600.0, help="begin no kill after these")
     options.add_argument("--seed", type=int, default=0, help="of the instants of kills")
+    options.add_argument("--keep-faults", action="store_true", help="take the recorded faults, and only kill")
     options.add_argument(
         "--document", type=Path, help="shows the tables between its marks, such as docs/reliability.md"
     )
@@ -352,32 +373,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import tameformer.integrations.transformers
     import tameformer.recipes.launch  # noqa: F401
 
-    faults = dict(list(FAULTS.items())[:2]) if given.quick else FAULTS
-    raw: dict[str, Any] = {"faults": {}, "kills": {}}
-    outcomes = Table("One run each", ["fault", *TRAINERS.values()])
+    recorded = given.output / "trainer_faults.json"
+    before = json.loads(recorded.read_text(encoding="utf-8")) if given.keep_faults else None
+    notes = list(NOTES)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for number, (fault, plan) in enumerate(faults.items()):
-            found = {}
-            for trainer in TRAINERS:
-                at = folder / f"{trainer}-{number}"
-                found[trainer] = outcome(trainer, at, ended(run(trainer, at, plan)))
-                if plan[0] in ("term", "disk") and found[trainer]["exit"]:
-                    found[trainer]["resumed"] = resumed(trainer, at)
-                print(f"{fault}, {trainer}: {found[trainer]}", file=sys.stderr)
-            raw["faults"][fault] = found
-            outcomes.rows.append([fault, *(shown(found[trainer]) for trainer in TRAINERS)])
-        after = {}
-        for trainer in TRAINERS:
-            at = folder / f"{trainer}-0"
-            step = corrupt(trainer, at)
-            after[trainer] = {**resumed(trainer, at), "corrupt": step}
-        raw["faults"][CORRUPT] = after
-        outcomes.rows.append([CORRUPT, *(_after_corruption(after[trainer]) for trainer in TRAINERS)])
-        write("trainer_faults", [outcomes], about=__doc__.strip(), notes=NOTES, raw=raw, options=given)  # what there is
-        for trainer in TRAINERS:
-            count = 1 if given.quick else given.kills
-            raw["kills"][trainer] = kills(trainer, folder, count, seed=given.seed, until=until)
+        if before is None:
+            raw, outcomes = faults(folder, quick=given.quick)
+            told = {"about": __doc__.strip(), "notes": notes, "options": given}
+            write("trainer_faults", [outcomes], raw={"faults": raw, "kills": {}}, **told)  # what there is so far
+        else:
+            first, where = before["tables"][0], before["machine"]
+            raw, outcomes = before["raw"]["faults"], Table(first["title"], first["head"], first["rows"])
+            notes.append(
+                f"The faults of one run each were recorded before the kills, {where['started']}: `{where['shell']}`."
+            )
+        count = 1 if given.quick else given.kills
+        found = kills(folder, count, seed=given.seed, until=until)
     killed = Table(
         f"SIGKILL in the save of step {2 * EVERY}, a checkpoint every {EVERY} steps",
         [
@@ -389,18 +401,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "from later",
         ],
     )
-    for trainer, all_found in raw["kills"].items():
-        began = [each["began"] for each in all_found if each["exit"] == 0]
-        failed = len(all_found) - len(began)
-        counts = [
-            len(all_found),
-            failed,
-            began.count(0),
-            began.count(EVERY),
-            sum((each or 0) > EVERY for each in began),
-        ]
+    for trainer, after in found.items():
+        began = [each["began"] for each in after if each["exit"] == 0]
+        later = sum((step or 0) > EVERY for step in began)
+        counts = [len(after), len(after) - len(began), began.count(0), began.count(EVERY), later]
         killed.rows.append([TRAINERS[trainer], *map(str, counts)])
-    write("trainer_faults", [outcomes, killed], about=__doc__.strip(), notes=NOTES, raw=raw, options=given)
+    told = {"about": __doc__.strip(), "notes": notes, "options": given}
+    write("trainer_faults", [outcomes, killed], raw={"faults": raw, "kills": found}, **told)
     if given.document is not None:
         show_in(given.document, given.output)
 
