@@ -19,6 +19,7 @@ SCRIPTS = [
     "entropy_sampling",
     "complexity",
     "guard",
+    "finetune",
 ]
 
 
