@@ -49,6 +49,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
         "finetuning.md",
         "guard.md",
         "probes.md",
+        "race.md",
         "verdicts.md",
     ],
 )

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         with_z_loss,
         z_loss,
     )
-    from tameformer.studies import compare
+    from tameformer.studies import compare, race
 
 _HOMES = {
     "AdaptiveClip": "tameformer.optim",
@@ -59,6 +59,7 @@ _HOMES = {
     "attend": "tameformer.nn.attention.attend",
     "attention_entropy": "tameformer.nn.attention.entropy",
     "compare": "tameformer.studies",
+    "race": "tameformer.studies",
     "diagnose": "tameformer.health",
     "admin": "tameformer.stabilizers",
     "deepnorm": "tameformer.stabilizers",
@@ -116,6 +117,7 @@ __all__ = [
     "qk_clip",
     "qk_clip_state",
     "qk_norm",
+    "race",
     "reinit_top",
     "rezero",
     "sigma_reparam",

@@ -14,6 +14,7 @@ commands:
   train [RECIPE] [--a.b=value ...]   train from a recipe; without one, a vision transformer on handwritten digits
   diagnose MODEL_OR_RUN              health of a run's checkpoint or a Hugging Face folder, layer by layer
   compare RECIPE --vary a.b=1,2      the recipe over a grid of settings and seeds: table, curves, learning-rate sensitivity
+  race RECIPE --budget 20            many seeds started, judged early, the best trained to the end
   report RUN [RUN ...]               one self-contained HTML page from run folders
   export RUN OUT                     an ordinary model from a run, all methods folded in: config.json, model.safetensors
   methods                            what makes a model stable, one line each
@@ -30,7 +31,7 @@ examples:
 """
 COMMANDS = {
     name: f"tameformer.cli.{name}"
-    for name in ("train", "diagnose", "compare", "report", "export", "methods", "recipes")
+    for name in ("train", "diagnose", "compare", "race", "report", "export", "methods", "recipes")
 }
 
 

@@ -65,14 +65,14 @@ def main(arguments: Sequence[str]) -> int:
     from tameformer.training.signals import StopRequest
 
     console = Console(stderr=True)
-    _log_to(console)
+    log_to(console)
     if own.storage is not None:
-        _silence_optuna()
+        silence_optuna()
     try:
         check_question(own.metric, own.usable)
         grid = make_grid(given[0], rest, parse_vary(own.vary), parse_seeds(own.seeds))
         folder = own.output_dir or default_folder(given[0])
-        with StopRequest() as stop, GridProgress(console, folder, grid) as progress:
+        with StopRequest() as stop, GridProgress(console, folder, grid.cells) as progress:
             run_grid(
                 grid,
                 folder,
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _log_to(console: Console) -> None:
+def log_to(console: Console) -> None:
     """A line each message, however narrow the terminal, above the live display."""
 
     class Handler(logging.Handler):
@@ -120,7 +120,8 @@ def _log_to(console: Console) -> None:
     logging.getLogger("tameformer").setLevel(logging.INFO)
 
 
-def _silence_optuna() -> None:
+def silence_optuna() -> None:
+    """No line of Optuna's own for each run."""
     try:
         import optuna
     except ImportError:

@@ -16,8 +16,8 @@ from tameformer.record import EVENTS, RunReader
 from tameformer.report.page import duration
 from tameformer.report.tables import Table
 from tameformer.report.wording import number
-from tameformer.studies.cells import SETTLED, position, state_of
-from tameformer.studies.grid import Grid
+from tameformer.studies.cells import SETTLED, State, position, state_of
+from tameformer.studies.grid import Cell
 from tameformer.studies.results import Results
 from tameformer.studies.tables import difference_table, rate_table, result_table, trouble_table
 from tameformer.studies.workers import Running
@@ -29,8 +29,10 @@ SECONDS_BETWEEN_LINES = 30.0
 class GridProgress:
     """How many runs are done, what runs now with step and loss, and the time left: live, or a line now and then."""
 
-    def __init__(self, console: Console, folder: Path, grid: Grid) -> None:
-        self.console, self.folder, self.cells = console, folder, grid.cells
+    def __init__(
+        self, console: Console, folder: Path, cells: Sequence[Cell], *, ends: Sequence[State] = SETTLED
+    ) -> None:
+        self.console, self.folder, self.cells, self.ends = console, folder, cells, ends
         self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
         self._looked = self._told = 0.0
         self._counts = ""
@@ -58,7 +60,7 @@ class GridProgress:
         for cell in self.cells:
             if cell.name not in self._settled and cell.name not in busy:
                 state = state_of(self.folder / cell.name)[0]
-                if state in SETTLED:
+                if state in self.ends:
                     self._settled[cell.name] = state
         table, done = self._running(running)
         done += len(self._settled)
@@ -67,7 +69,7 @@ class GridProgress:
         pace = (done - self._done_at_start) / max(now - self._started, 1e-9)
         left = f"{duration((len(self.cells) - done) / pace)} left" if pace > 0 else ""
         states = list(self._settled.values())
-        counts = ", ".join(f"{states.count(state)} {state}" for state in SETTLED if state in states)
+        counts = ", ".join(f"{states.count(state)} {state}" for state in self.ends if state in states)
         line = f"{len(states)} of {len(self.cells)} runs done" + (f" ({counts})" if counts else "")
         if running:
             line += f", {len(running)} running"
@@ -117,7 +119,7 @@ def print_results(results: Results, page: Path) -> None:
     rows = tuple(row for row in trouble.rows if row[1] != "diverged")
     for found in (*shown, replace(trouble, rows=rows)):
         if found.rows:
-            console.print(_as_rich(found))
+            console.print(as_rich(found))
     console.print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -127,7 +129,8 @@ def _without(found: Table, names: set[str]) -> Table:
     return replace(found, columns=tuple(found.columns[index] for index in keep), rows=rows)
 
 
-def _as_rich(found: Table) -> RichTable:
+def as_rich(found: Table) -> RichTable:
+    """The table as the terminal shows it."""
     shown = RichTable(
         title=Text(found.title, style="bold"),
         title_justify="left",

@@ -13,10 +13,10 @@ from tameformer.errors import ConfigError
 from tameformer.recipes import catalogue
 from tameformer.record import write_atomically
 from tameformer.studies.cells import EXIT, state_of, try_lock
-from tameformer.studies.grid import Grid, make_grid
+from tameformer.studies.grid import Cell, Grid, make_grid
 from tameformer.studies.results import LOSS, USABLE, Results, read_results
-from tameformer.studies.shared import StorageQueue, study_name
-from tameformer.studies.workers import FolderQueue, Queue, Running, places, train_command, work
+from tameformer.studies.shared import open_queue
+from tameformer.studies.workers import Queue, Running, places, train_command, work
 from tameformer.studies.write import write_results
 from tameformer.training.signals import StopRequest
 
@@ -73,7 +73,7 @@ def compare(
         [('8', 1)]
     """
     check_question(metric, usable)
-    arguments = [f"--{key}={_as_argument(value)}" for key, value in configuration.flatten(overrides or {}).items()]
+    arguments = [f"--{key}={as_argument(value)}" for key, value in configuration.flatten(overrides or {}).items()]
     grid = make_grid(recipe, arguments, vary, range(seeds) if isinstance(seeds, int) else seeds)
     folder = default_folder(recipe) if output_dir is None else Path(output_dir)
     with StopRequest() as stop:
@@ -93,7 +93,8 @@ def check_question(metric: str, usable: float) -> None:
         raise ConfigError(f"usable must be a share of the gain in [0, 1), got {usable}")
 
 
-def _as_argument(value: Any) -> str:
+def as_argument(value: Any) -> str:
+    """A value as the command line takes it."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -121,23 +122,21 @@ def run_grid(
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
     key = claim_folder(grid, folder)
     if retry_failed:
-        forget_failures(grid, folder)
+        forget_failures(grid.cells, folder)
     build = train_command(grid.recipe, grid.arguments)
     work(
         queue(folder, key, grid),
         folder,
         lambda cell: build(folder, cell),
-        places(jobs, num_gpus=_num_gpus()),
+        places(jobs, num_gpus=num_gpus()),
         stop_requested=lambda: stop.signal_number is not None,
         on_change=on_change,
     )
 
 
 def queue_for(storage: str | None) -> Callable[[Path, str, Grid], Queue]:
-    """Who works on what: kept apart by locks on this machine, or through a database by workers anywhere."""
-    if storage is None:
-        return lambda folder, key, grid: FolderQueue(folder, grid.cells)
-    return lambda folder, key, grid: StorageQueue(storage, study_name(folder, key, grid.cells), folder, grid.cells)
+    """Who works on what, from the folder, its key and the grid."""
+    return lambda folder, key, grid: open_queue(storage, folder, key, grid.cells)
 
 
 def conclude(folder: Path, grid: Grid, *, metric: str, usable: float) -> Results:
@@ -152,14 +151,20 @@ def conclude(folder: Path, grid: Grid, *, metric: str, usable: float) -> Results
     return results
 
 
-def _num_gpus() -> int:
+def num_gpus() -> int:
+    """GPUs of this machine."""
     import torch
 
     return torch.cuda.device_count()
 
 
-def claim_folder(grid: Grid, folder: Path) -> str:
-    """Make the folder this comparison's, or see that it is: values and seeds may be added, nothing else may differ.
+def claim_folder(grid: Grid, folder: Path, *, study: str = "comparison") -> str:
+    """Make the folder this study's, or see that it is: values and seeds may be added, nothing else may differ.
+
+    Args:
+        grid: The runs.
+        folder: Where they go.
+        study: What kind of study it is.
 
     Returns:
         What tells this folder from every other one.
@@ -169,6 +174,7 @@ def claim_folder(grid: Grid, folder: Path) -> str:
     """
     base = catalogue.parse(grid.recipe, list(grid.arguments))
     described = {
+        **({} if study == "comparison" else {"study": study}),
         "recipe": grid.recipe,
         "arguments": list(grid.arguments),
         "vary": {factor.key: [choice.label for choice in factor.choices] for factor in grid.factors},
@@ -215,13 +221,16 @@ def _without_the_varied(config: Mapping[str, Any], grid: Grid) -> dict[str, Any]
 def _check_growth(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:
     def refuse(what: str) -> None:
         raise ConfigError(
-            f"{folder} belongs to another comparison: {what}. "
+            f"{folder} belongs to another {new.get('study', 'comparison').partition(',')[0]}: {what}. "
             f"Values and seeds may be added, nothing else may change; or give another --output_dir"
         )
 
     for key, value in new["config"].items():
         if key in old["config"] and old["config"][key] != value:
             refuse(f"{key} was {old['config'][key]} and is {value}")
+    kinds = [described.get("study", "comparison") for described in (old, new)]
+    if kinds[0] != kinds[1]:
+        refuse(f"it is a {kinds[0]}, and this one a {kinds[1]}")
     if list(old["vary"]) != list(new["vary"]):
         refuse(f"it varies {', '.join(old['vary']) or 'nothing'}, and this one {', '.join(new['vary']) or 'nothing'}")
     for key, labels in (*old["vary"].items(), ("seeds", old["seeds"])):
@@ -230,9 +239,9 @@ def _check_growth(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) 
             refuse(f"{key} had {', '.join(missing)}, too")
 
 
-def forget_failures(grid: Grid, folder: Path) -> None:
+def forget_failures(cells: Sequence[Cell], folder: Path) -> None:
     """Let the cells that failed be run again."""
-    for cell in grid.cells:
+    for cell in cells:
         if state_of(folder / cell.name)[0] == "failed" and (lock := try_lock(folder / cell.name)) is not None:
             (folder / cell.name / EXIT).unlink()
             os.close(lock)

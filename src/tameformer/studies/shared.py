@@ -18,6 +18,7 @@ from tameformer.errors import ConfigError, missing_extra
 from tameformer.studies.cells import SETTLED, State, read_cell, read_exit, state_of, try_lock
 from tameformer.studies.grid import Cell
 from tameformer.studies.results import LOSS
+from tameformer.studies.workers import FolderQueue, Queue
 
 CELL, CRASHED = "cell", "crashed"
 MAX_CRASHES = 3
@@ -32,6 +33,7 @@ class StorageQueue:
         study: Name of the comparison in the database.
         folder: The comparison's folder.
         cells: All cells.
+        ends: States in which a cell is done.
         heartbeat_seconds: Time between two signs of life.
         grace_seconds: Time without one after which a worker counts as dead.
 
@@ -47,6 +49,7 @@ class StorageQueue:
         folder: Path,
         cells: Sequence[Cell],
         *,
+        ends: Sequence[State] = SETTLED,
         heartbeat_seconds: int = 15,
         grace_seconds: int = 90,
     ) -> None:
@@ -55,7 +58,7 @@ class StorageQueue:
         except ImportError as error:
             raise missing_extra("optuna", "sweep") from error
         self._optuna, self._states = optuna, optuna.trial.TrialState
-        self.folder, self._cells = folder, {cell.name: cell for cell in cells}
+        self.folder, self._cells, self._ends = folder, {cell.name: cell for cell in cells}, ends
         self.heartbeat_seconds = heartbeat_seconds
         self._trials: dict[str, Any] = {}
         self._settled: set[str] = set()
@@ -103,7 +106,7 @@ class StorageQueue:
                 return None
             self._storage.record_heartbeat(trial._trial_id)
             lock = None if self._another_has(cell, trial.number) else try_lock(self.folder / cell.name)
-            if lock is not None and state_of(self.folder / cell.name)[0] not in SETTLED:
+            if lock is not None and state_of(self.folder / cell.name)[0] not in self._ends:
                 self._trials[cell.name] = trial
                 return cell, lock
             if lock is not None:
@@ -118,7 +121,7 @@ class StorageQueue:
         ended = read_exit(self.folder / cell.name)
         if state == "interrupted" and ended is not None and ended[0] < 0:
             trial.set_user_attr(CRASHED, True)  # such as one that needs more memory than there is
-        if state == "finished":
+        if state in ("finished", "paused"):
             loss = read_cell(self.folder / cell.name).last.get(LOSS, 0.0)
             self._study.tell(trial, loss, skip_if_finished=True)
         else:
@@ -136,7 +139,7 @@ class StorageQueue:
     def is_done(self) -> bool:
         """Every cell has ended, wherever it ran, or has crashed too often."""
         for name in self._cells.keys() - self._settled:
-            if state_of(self.folder / name)[0] in SETTLED:
+            if state_of(self.folder / name)[0] in self._ends:
                 self._settled.add(name)
         return self._cells.keys() <= self._settled | self._given_up
 
@@ -178,6 +181,23 @@ class StorageQueue:
         """Whether a worker took an earlier trial of the same cell and still has it."""
         running = self._study.get_trials(deepcopy=False, states=(self._states.RUNNING,))
         return any(trial.user_attrs.get(CELL) == cell.name and trial.number < number for trial in running)
+
+
+def open_queue(
+    storage: str | None, folder: Path, key: str, cells: Sequence[Cell], *, ends: Sequence[State] = SETTLED
+) -> Queue:
+    """Who works on what: kept apart by locks on this machine, or through a database by workers anywhere.
+
+    Args:
+        storage: Where the database is; None for locks.
+        folder: The study's folder.
+        key: What tells this study from every other one.
+        cells: All cells.
+        ends: States in which a cell is done.
+    """
+    if storage is None:
+        return FolderQueue(folder, cells, ends=ends)
+    return StorageQueue(storage, study_name(folder, key, cells), folder, cells, ends=ends)
 
 
 def study_name(folder: Path, key: str, cells: Sequence[Cell]) -> str:

@@ -58,11 +58,12 @@ class FolderQueue:
     Args:
         folder: The comparison's folder.
         cells: All cells.
+        ends: States in which a cell is done.
     """
 
-    def __init__(self, folder: Path, cells: Sequence[Cell]) -> None:
-        self.folder = folder
-        self._open = {cell.name: cell for cell in cells if state_of(folder / cell.name)[0] not in SETTLED}
+    def __init__(self, folder: Path, cells: Sequence[Cell], *, ends: Sequence[State] = SETTLED) -> None:
+        self.folder, self._ends = folder, ends
+        self._open = {cell.name: cell for cell in cells if state_of(folder / cell.name)[0] not in ends}
 
     def take(self) -> tuple[Cell, int] | None:
         """The next cell that nobody works on."""
@@ -71,7 +72,7 @@ class FolderQueue:
             if lock is None:
                 continue
             del self._open[name]
-            if state_of(self.folder / name)[0] not in SETTLED:
+            if state_of(self.folder / name)[0] not in self._ends:
                 return cell, lock
             os.close(lock)  # another command has finished it meanwhile
         return None
@@ -168,7 +169,7 @@ def _conclude(run: Running) -> State:
         last_line = f"ended by {name}" + ("; out of memory?" if code == -signal.SIGKILL else "")
     write_exit(run.folder, code, "" if code == 0 else last_line)
     state, message = state_of(run.folder)
-    if state != "finished":
+    if state not in ("finished", "paused"):
         logger.info("%s: %s, exit code %d: %s", run.cell.name, state, code, message.partition(";")[0])
     return state
 

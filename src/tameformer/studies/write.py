@@ -16,7 +16,7 @@ JSON, CSV = "compare.json", "compare.csv"
 def write_results(results: Results) -> tuple[Path, Path]:
     """Write both files into the comparison's folder; returns their paths."""
     paths = results.folder / JSON, results.folder / CSV
-    text = json.dumps(_finite(describe(results)), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(describe(results)), indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(paths[0], text + "\n")
     write_atomically(paths[1], as_csv(results))
     return paths
@@ -42,7 +42,7 @@ def describe(results: Results) -> dict[str, Any]:
                 "variant": difference.variant,
                 "rate": None if difference.rate is None else difference.rate.number,
                 "at_best_rates": difference.at_best_rates,
-                "difference": _interval(difference.difference),
+                "difference": interval_values(difference.difference),
             }
             for difference in results.differences
         ],
@@ -69,7 +69,7 @@ def _row(results: Results, row: Row) -> dict[str, Any]:
         "finished": row.count("finished"),
         "diverged": row.count("diverged"),
         "failed": row.count("failed"),
-        "metrics": {key: _interval(row.metric(key)) for key in results.metrics},
+        "metrics": {key: interval_values(row.metric(key)) for key in results.metrics},
     }
 
 
@@ -77,7 +77,7 @@ def _variant(variant: Variant, baseline: Variant) -> dict[str, Any]:
     best = variant.best if variant.rates else None
     return {
         "name": variant.name,
-        "sensitivity": _interval(variant.sensitivity),
+        "sensitivity": interval_values(variant.sensitivity),
         "usable_rates": None if variant.usable is None else list(variant.usable),
         "highest_usable_rate_to_first": variant.highest_to(baseline),
         "usable_width_to_first": variant.width_to(baseline),
@@ -91,16 +91,17 @@ def _values(results: Results, choices: tuple[Any, ...]) -> dict[str, Any]:
     return {factor.key: choice.label if choice.number is None else choice.number for factor, choice in named}
 
 
-def _interval(found: Interval | None) -> dict[str, Any] | None:
+def interval_values(found: Interval | None) -> dict[str, Any] | None:
+    """An interval as plain values."""
     return None if found is None else {"mean": found.mean, "half_width": found.half_width, "n": found.n}
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """NaN and the infinities as their names, at any depth."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return encode_number(value) if isinstance(value, float) else value
 
 
