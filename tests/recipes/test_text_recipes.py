@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import tameformer as tame
 from tameformer.errors import ConfigError, DataError
+from tameformer.recipes.catalogue import resolve
 from tameformer.recipes.config import ProbesConfig
 from tameformer.recipes.launch import train
 from tameformer.record import RunReader
@@ -272,3 +273,39 @@ def test_what_contradicts_itself_is_refused(values, message, data, tmp_path):
     with pytest.raises(ConfigError, match=message):
         train("text-classification", overrides={"evals_per_epoch": None, **given})
     assert not (tmp_path / "run").exists()
+
+
+def test_noise_is_on_the_training_tokens_only_and_resumes_to_the_bit(data, tmp_path):
+    noise = {"data.token_dropout": 0.3, "data.token_deletion": 0.2, "data.token_swap": 2}
+    values = classifier(data, tmp_path / "straight", max_steps=12, **noise)
+    recipe = resolve("text-classification", values)
+    run = recipe.build(recipe.config, tmp_path / "unused")
+    (batch,) = next(iter(run.batches(start=0, stop=1, rank=0, world_size=1)))
+    plain = resolve("text-classification", {**values, "data.token_deletion": 0.0, "data.token_swap": 0})
+    (kept,) = next(iter(plain.build(plain.config, tmp_path / "unused").batches(start=0, stop=1, rank=0, world_size=1)))
+    mask = json.loads(run.artifacts["tokenizer.json"])["added_tokens"][-1]
+    assert mask["content"] == "<mask>"
+    words = kept["tokens"][kept["tokens"] > 2]  # beyond padding, begin and end
+    assert 0.15 < (words == mask["id"]).float().mean() < 0.45
+    assert 0.6 < batch["real"].sum() / kept["real"].sum() < 0.95
+    assert (batch["tokens"][:, 0] == kept["tokens"][:, 0]).all()  # what begins a text stays
+
+    train("text-classification", overrides=values)
+    again = {**values, "output_dir": str(tmp_path / "paused")}
+    train("text-classification", overrides={**again, "loop.pause_after": 0.5})
+    train("text-classification", overrides=again, resume="auto")
+    hashes = [
+        json.loads((CheckpointFolder(tmp_path / name).path(12) / "manifest.json").read_text())["files"]
+        for name in ("straight", "paused")
+    ]
+    assert hashes[0] == hashes[1]
+    with pytest.raises(ConfigError, match=r"data.token_swap was 2 and is 3"):
+        train("text-classification", overrides={**again, "data.token_swap": 3}, resume="auto")
+
+
+@pytest.mark.parametrize(("key", "value"), [("mixout", 0.5), ("prior_decay", 0.1), ("reinit_layers", 1)])
+def test_what_is_held_to_other_weights_cannot_change_in_a_resume(key, value, data, tmp_path):
+    values = classifier(data, tmp_path / "run", max_steps=4)
+    train("text-classification", overrides={**values, "loop.pause_after": 0.5})
+    with pytest.raises(ConfigError, match=f"belongs to another configuration: finetune.{key} was None and is {value}"):
+        train("text-classification", overrides={**values, f"finetune.{key}": value}, resume="auto")

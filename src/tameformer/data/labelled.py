@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from tameformer.data.augment.tokens import TokenTransform, augment_tokens
 from tameformer.data.keys import SampleKeys
 from tameformer.data.text import read_lines, read_text
 from tameformer.errors import DataError
@@ -131,6 +132,8 @@ class TokenizedTexts:
     """Fills up."""
     segments: Sequence[Int64[np.ndarray, " tokens"]] | None = None
     """Which text of a pair a token belongs to, for models that are told."""
+    transforms: Sequence[TokenTransform] = ()
+    """Noise on the tokens, each sample with its own random numbers; those that leave tokens out do not move `segments`."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -143,9 +146,12 @@ class TokenizedTexts:
     def fetch(self, keys: SampleKeys) -> dict[str, Tensor | int]:
         """`tokens` and `real` (batch, seq), `segments` where there are, `labels` (batch), and `num_items`."""
         rows = [self.tokens[index] for index in keys.indices]
+        tokens, lengths = _padded(rows, self.padding_id), torch.tensor([len(row) for row in rows])
+        if self.transforms:
+            tokens, lengths = augment_tokens(tokens, lengths, keys, self.transforms, padding_id=self.padding_id)
         batch: dict[str, Tensor | int] = {
-            "tokens": _padded(rows, self.padding_id),
-            "real": _padded([np.ones(len(row), dtype=bool) for row in rows], 0),
+            "tokens": tokens,
+            "real": torch.arange(tokens.shape[1]) < lengths[:, None],
             "labels": torch.from_numpy(self.labels[keys.indices]),
             "num_items": len(keys),
         }

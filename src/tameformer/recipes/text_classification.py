@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tameformer.data import permutation, single_pass
+from tameformer.data.augment import TokenDeletion, TokenDropout, TokenSwap, TokenTransform
 from tameformer.data.buckets import LengthSortedBatches
 from tameformer.data.labelled import LabelledText, TokenizedTexts, joined, read_labelled
 from tameformer.data.length_buckets import LengthBuckets
-from tameformer.data.tokenizers import BPETokenizer, train_bpe
+from tameformer.data.tokenizers import SPECIAL_TOKENS, BPETokenizer, train_bpe
 from tameformer.errors import CheckpointError, ConfigError
 from tameformer.models import Architecture, TextClassifierConfig
 from tameformer.recipes.assemble import ARCHITECTURE, assemble, num_steps, require_path, seeded
@@ -31,7 +32,7 @@ from tameformer.recipes.pretrained import is_ours, load_pretrained, load_tokeniz
 from tameformer.training import CheckpointFolder, Engine, Run
 from tameformer.training.step import Batch
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER, MASK = "tokenizer.json", "<mask>"
 Call = Callable[[nn.Module, Batch], Tensor]
 """From a model and a batch to the logits."""
 
@@ -54,6 +55,12 @@ class LabelledTextsConfig:
     """Classes; null is one more than the largest label in the training texts."""
     train_samples: int | None = None
     """Training texts to learn from, drawn by the data's seed; null takes all."""
+    token_dropout: float = 0.0
+    """Share of the training tokens that a mask stands in for, anew in each pass."""
+    token_deletion: float = 0.0
+    """Share of the training tokens that are left out, anew in each pass."""
+    token_swap: int = 0
+    """Places by which training tokens are moved at most, anew in each pass; in a pair, some change sides. 0 leaves all."""
     vocab_size: int = 4096
     """Tokens of the byte-level BPE that is trained on the training texts where nothing pre-trained brings one."""
     batch_size: int = 16
@@ -70,6 +77,13 @@ class LabelledTextsConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"data.{name} must be at least 1, got {value}")
+        for name in ("token_dropout", "token_deletion"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"data.{name} must lie in [0, 1), got {getattr(self, name)}; it is a share of the tokens"
+                )
+        if self.token_swap < 0:
+            raise ValueError(f"data.token_swap must not be negative, got {self.token_swap}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +121,14 @@ def build(config: Config, folder: Path) -> Run:
     num_classes = config.data.num_classes or 1 + max(row.label for row in rows)
     starts = not CheckpointFolder(folder).steps()
     parts = _hugging_face if config.init_from is not None and not is_ours(config.init_from) else _ours
-    model, tokenized, call, artifacts = parts(config, folder, rows, num_classes, starts)
+    model, tokenized, call, artifacts, marks = parts(config, folder, rows, num_classes, starts)
     prepare(model, config.finetune, seed=config.seed, starts=starts)
     train, held_out = tokenized(rows), tokenized(judging)
+    if config.data.token_deletion and train.segments is not None and any(map(np.any, train.segments)):
+        raise ConfigError(
+            "data.token_deletion does not work with a model that is told which text of a pair a token is in; leave it out"
+        )
+    train = replace(train, transforms=noise(config.data, marks))
     plan = LengthBuckets(train.lengths, config.data.batch_size, seed=config.order_seed)
     if config.evals_per_epoch is not None:
         every = max(1, math.ceil(plan.steps_in_epoch(0) / config.evals_per_epoch))
@@ -163,7 +182,37 @@ def read(
     return rows, judging, None if data.test_path is None else read_labelled(data.test_path, **told)
 
 
-Parts = tuple[nn.Module, Callable[[Sequence[LabelledText]], TokenizedTexts], Call, Mapping[str, str]]
+@dataclass(frozen=True)
+class Marks:
+    """The tokens that are no words."""
+
+    mask: int | None
+    """Stands in for a dropped token, where the tokenizer has one."""
+    special: tuple[int, ...]
+    """Begin, end and the like: noise leaves them alone."""
+
+
+def noise(data: LabelledTextsConfig, marks: Marks) -> tuple[TokenTransform, ...]:
+    """What is done to the training tokens.
+
+    Raises:
+        ConfigError: Tokens shall be dropped, and the tokenizer has no token to stand in for them.
+    """
+    if data.token_dropout and marks.mask is None:
+        raise ConfigError(
+            "data.token_dropout needs a tokenizer with a mask or an unknown token, and this one has neither; leave it out"
+        )
+    found: list[TokenTransform] = []
+    if data.token_swap:
+        found.append(TokenSwap(distance=data.token_swap, protected=marks.special))
+    if data.token_deletion:
+        found.append(TokenDeletion(probability=data.token_deletion, protected=marks.special))
+    if data.token_dropout and marks.mask is not None:
+        found.append(TokenDropout(replacement=marks.mask, probability=data.token_dropout, protected=marks.special))
+    return tuple(found)
+
+
+Parts = tuple[nn.Module, Callable[[Sequence[LabelledText]], TokenizedTexts], Call, Mapping[str, str], Marks]
 
 
 def _ours(config: Config, folder: Path, rows: Sequence[LabelledText], num_classes: int, starts: bool) -> Parts:
@@ -178,12 +227,16 @@ def _ours(config: Config, folder: Path, rows: Sequence[LabelledText], num_classe
             f"init_from {config.init_from} holds no {TOKENIZER}, so that its token numbers mean nothing here"
         )
     texts = [text for row in rows for text in (row.text, row.pair) if text is not None]
-    tokenizer = train_bpe(texts, config.data.vocab_size) if kept is None else BPETokenizer.load(kept)
+    if kept is None:
+        special = (*SPECIAL_TOKENS, MASK) if config.data.token_dropout else SPECIAL_TOKENS
+        tokenizer = train_bpe(texts, config.data.vocab_size, special)
+    else:
+        tokenizer = BPETokenizer.load(kept)
     told = {"vocab_size": tokenizer.vocab_size, "num_classes": num_classes}
     architecture = Architecture("text_classifier", config.model, told)
     model = seeded(config.seed, architecture.build)
     if config.init_from is not None and starts:
-        take_weights(model, config.model, config.init_from, fresh=("head.", "pooling."))
+        take_weights(model, config.model, config.init_from, fresh=("head.", "pooling.", "mix."))
 
     def tokenized(rows: Sequence[LabelledText]) -> TokenizedTexts:
         firsts = tokenizer.encode_batch([row.text for row in rows])
@@ -201,13 +254,17 @@ def _ours(config: Config, folder: Path, rows: Sequence[LabelledText], num_classe
         return TokenizedTexts(tokens, np.array([row.label for row in rows]), tokenizer.padding_id)
 
     plain = json.dumps(architecture.to_plain(), indent=1) + "\n"
-    return model, tokenized, _call_ours, {TOKENIZER: tokenizer.to_json(), ARCHITECTURE: plain}
+    specials = (tokenizer.padding_id, tokenizer.begin_id, tokenizer.end_id)
+    mask = tokenizer.special_id(MASK) if config.data.token_dropout else None
+    return model, tokenized, _call_ours, {TOKENIZER: tokenizer.to_json(), ARCHITECTURE: plain}, Marks(mask, specials)
 
 
 def _hugging_face(config: Config, folder: Path, rows: Sequence[LabelledText], num_classes: int, starts: bool) -> Parts:
     """A Hugging Face model with its own tokenizer."""
     name = config.init_from
     assert name is not None, "asked for by init_from"
+    if config.model.layer_mix:
+        raise ConfigError("model.layer_mix works with our own encoders; use tameformer.nn.layer_mix.LayerMix in your own loop")
     library = load_tokenizer(name)
     load = partial(
         load_pretrained, name, "text-classification", num_labels=num_classes, replace_head=config.replace_head
@@ -231,7 +288,8 @@ def _hugging_face(config: Config, folder: Path, rows: Sequence[LabelledText], nu
             None if segments is None else [np.array(ids, dtype=np.int64) for ids in segments],
         )
 
-    return model, tokenized, _call_hugging_face, {}
+    mask = library.mask_token_id if library.mask_token_id is not None else library.unk_token_id
+    return model, tokenized, _call_hugging_face, {}, Marks(mask, tuple(library.all_special_ids))
 
 
 def _call_ours(model: nn.Module, batch: Batch) -> Tensor:
