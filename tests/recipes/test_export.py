@@ -409,7 +409,7 @@ def test_diagnose_says_what_an_exported_folder_lacks(run, tmp_path, capsys):
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_every_builder_goes_through_plain_values(builder):
     told = {"vocab_size": 20, "padding_id": 0, "num_classes": 3, "image_size": (8, 4), "channels": 1, "num_features": 8}
-    told |= {"num_frames": 4}
+    told |= {"num_frames": 4, "input_size": 3}
     wanted = inspect.signature(BUILDERS[builder][0]).parameters.values()
     arguments = {
         one.name: told[one.name] for one in wanted if one.kind is one.KEYWORD_ONLY and one.default is one.empty
