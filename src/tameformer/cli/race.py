@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
     def show(shown: ExitStack) -> Callable[..., Callable[[Sequence[Running]], None]]:
         def on_stage(name: str, cells: Sequence[Cell], ends: Sequence[State]) -> Callable[[Sequence[Running]], None]:
             shown.close()  # the live display of the stage before
-            console.print(f"{name}: {len(cells)} runs", highlight=False)
+            console.print(f"{name}: {len(cells)} runs", highlight=False, soft_wrap=True)
             return shown.enter_context(GridProgress(console, folder, cells, ends=ends)).show
 
         return on_stage
@@ -96,6 +96,7 @@ def main(arguments: Sequence[str]) -> int:
             f"{plan.starts} starts to {plan.share:g} of the run, {plan.continued} to its end: {plan.cost:g} whole runs"
             + (", and the rest to see what stopping misses" if own.run_all else ""),
             highlight=False,
+            soft_wrap=True,
         )
         with StopRequest() as stop, ExitStack() as shown:
             run_race(
