@@ -264,7 +264,9 @@ def _hugging_face(config: Config, folder: Path, rows: Sequence[LabelledText], nu
     name = config.init_from
     assert name is not None, "asked for by init_from"
     if config.model.layer_mix:
-        raise ConfigError("model.layer_mix works with our own encoders; use tameformer.nn.layer_mix.LayerMix in your own loop")
+        raise ConfigError(
+            "model.layer_mix works with our own encoders; use tameformer.nn.layer_mix.LayerMix in your own loop"
+        )
     library = load_tokenizer(name)
     load = partial(
         load_pretrained, name, "text-classification", num_labels=num_classes, replace_head=config.replace_head
