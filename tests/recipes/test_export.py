@@ -344,9 +344,11 @@ def test_a_run_folder_without_what_is_needed_is_told_apart(run, data, tmp_path):
         tame.export(copied, tmp_path / "out")
     tame.train(str(copied), overrides={"output_dir": str(copied)}, resume="auto")
     assert tame.export(copied, tmp_path / "out").step == 4
+    model = (copied / "model.json").read_text()
     (copied / "model.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"model\.json cannot be read"):
         tame.export(copied, tmp_path / "other")
+    (copied / "model.json").write_text(model)
     (copied / "BEST").write_text("../../elsewhere")
     with pytest.raises(CheckpointError, match="no checkpoint of this run"):
         tame.export(copied, tmp_path / "other", best=True)

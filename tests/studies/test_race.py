@@ -105,6 +105,7 @@ def test_a_race_killed_and_resumed_ends_as_its_best_run_does_alone(capfd):
 
 def test_runs_that_diverge_are_counted_and_never_continued(capfd):
     rates = ["--optim.name=sgd", "--optim.max_grad_norm=null", "--optim.schedule=constant", "--optim.warmup_steps=0"]
+    rates += ["--guard.max_skips=0", "--guard.max_rollbacks=0"]
     some = ["--vary=optim.peak_lr=0.01,1e18", "--starts=4", "--continue=1"]
     assert main(["race", *RACE, *rates, *some, "--budget=3"]) == 0
     found = read()

@@ -124,13 +124,13 @@ def _row(
 class TokenizedTexts:
     """Tokenized texts with classes, as batches padded to their longest."""
 
-    tokens: Sequence[Int64[np.ndarray, " tokens"]]
+    tokens: Sequence[Int64[np.ndarray, " _"]]
     """Ids of each text, special tokens included."""
     labels: Int64[np.ndarray, " texts"]
     """Its class."""
     padding_id: int
     """Fills up."""
-    segments: Sequence[Int64[np.ndarray, " tokens"]] | None = None
+    segments: Sequence[Int64[np.ndarray, " _"]] | None = None
     """Which text of a pair a token belongs to, for models that are told."""
     transforms: Sequence[TokenTransform] = ()
     """Noise on the tokens, each sample with its own random numbers; those that leave tokens out do not move `segments`."""

@@ -48,7 +48,7 @@ class GuardedSteps:
         model: nn.Module,
         optimizer: Optimizer,
         *,
-        output_dir: Path,
+        output_dir: str | Path,
         config: GuardConfig,
         steps_done: int = 0,
         state: Mapping[str, Any] | None = None,

@@ -25,6 +25,7 @@ def ctc_greedy(logits: Logits, outputs: Outputs, *, blank: int) -> list[list[int
         blank: Its id.
 
     Example:
+        >>> import torch
         >>> path = torch.tensor([[2, 0, 0, 2, 0, 1, 2]])
         >>> ctc_greedy(torch.nn.functional.one_hot(path, 3).float(), torch.tensor([7]), blank=2)
         [[0, 0, 1]]
