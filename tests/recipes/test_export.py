@@ -373,6 +373,7 @@ import os, signal, sys
 from tameformer.cli.__main__ import main
 from tameformer.recipes import export
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests in the background ignores it
 written = export.save_file
 def save_then_interrupt(*arguments):
     written(*arguments)
