@@ -40,6 +40,20 @@ def encode_number(value: float) -> float | str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
+def encode_values(values: Any) -> Any:
+    """Plain values with `encode_number` on every number in them, at any depth.
+
+    Example:
+        >>> encode_values({"loss": [0.5, float("nan")]})
+        {'loss': [0.5, 'NaN']}
+    """
+    if isinstance(values, Mapping):
+        return {key: encode_values(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [encode_values(value) for value in values]
+    return encode_number(values) if isinstance(values, float) else values
+
+
 def decode_number(value: Any) -> Any:
     """The inverse of `encode_number`; everything else passes through.
 
@@ -52,8 +66,7 @@ def decode_number(value: Any) -> Any:
 
 def encode_line(record: Mapping[str, Any]) -> str:
     """One record as one line of JSON, keys in the order given."""
-    encoded = {key: encode_number(value) if isinstance(value, float) else value for key, value in record.items()}
-    return json.dumps(encoded, allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps(encode_values(record), allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -80,14 +93,20 @@ def write_figure(folder: Path, name: str, figure: Mapping[str, Any]) -> None:
     - "lines": `x`, numbers ascending, with `x_label`, and `lines`, named lists of as many numbers or nulls;
     - "passages": `passages`, each a `heading` and `lines`, which are a weight in [0, 1] and words with theirs.
 
+    Numbers may be NaN, as all else that is measured. A figure is no reason to end a run: where it cannot be written, that is
+    logged.
+
     Example:
         >>> import tempfile
         >>> write_figure(Path(tempfile.mkdtemp()), "by-length", {"kind": "lines", "title": "Accuracy", "caption": "",
         ...     "x": [10, 20], "x_label": "length", "lines": {"accuracy": [1.0, 0.5]}})
     """
-    (folder / FIGURES).mkdir(parents=True, exist_ok=True)
-    text = json.dumps(figure, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    write_atomically(folder / FIGURES / f"{name}.json", text + "\n")
+    text = json.dumps(encode_values(figure), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    try:
+        (folder / FIGURES).mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / FIGURES / f"{name}.json", text + "\n")
+    except OSError as error:
+        logger.warning("the figure %s was not written: %s; the run goes on", name, error)
 
 
 def cut_back(path: Path, step: float) -> int:

@@ -41,6 +41,22 @@ def test_everything_is_shown_and_escaped(tmp_path, make_run):
     assert html.count("&lt;script&gt;") >= 6
 
 
+def test_a_figure_ends_no_run(tmp_path, make_run, caplog):
+    """Neither NaN, which a model that diverged has everywhere, nor a folder that cannot be written."""
+    folder = make_run(tmp_path / "run")
+    nan = float("nan")
+    words = [{"heading": "Document 0", "lines": [[nan, [["good", nan]]]]}]
+    write_figure(folder, "text", {**PAGE["text"], "passages": words})
+    write_figure(folder, "lines", {**PAGE["lines"], "lines": {"with": [0.5, nan, None]}})
+    assert '"NaN"' in (folder / "figures" / "text.json").read_text(encoding="utf-8")
+    html = write_report(folder).read_text(encoding="utf-8")
+    assert "<h3>By length</h3>" in html
+    assert '<span style="--weight: 0.000">good</span>' in html
+    (tmp_path / "file").write_text("")
+    write_figure(tmp_path / "file", "lines", PAGE["lines"])
+    assert "the figure lines was not written" in caplog.text
+
+
 def test_what_cannot_be_drawn_is_told_and_the_rest_is_shown(tmp_path, make_run):
     folder = make_run(tmp_path / "run")
     write_figure(folder, "lines", PAGE["lines"])

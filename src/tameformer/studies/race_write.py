@@ -2,14 +2,13 @@
 
 import csv
 import io
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tameformer.record import write_atomically
 from tameformer.studies.race_results import Entrant, RaceResults
-from tameformer.studies.write import finite, interval_values
+from tameformer.studies.write import interval_values, write_json
 
 JSON, CSV = "race.json", "race.csv"
 
@@ -17,8 +16,7 @@ JSON, CSV = "race.json", "race.csv"
 def write_results(results: RaceResults) -> tuple[Path, Path]:
     """Write both files into the race's folder; returns their paths."""
     paths = results.folder / JSON, results.folder / CSV
-    text = json.dumps(finite(describe(results)), indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(paths[0], text + "\n")
+    write_json(paths[0], describe(results))
     write_atomically(paths[1], as_csv(results))
     return paths
 

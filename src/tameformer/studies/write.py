@@ -3,10 +3,11 @@
 import csv
 import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tameformer.record import encode_number, write_atomically
+from tameformer.record import encode_values, write_atomically
 from tameformer.studies.results import Results, Row, Variant
 from tameformer.studies.statistics import Interval
 
@@ -16,10 +17,15 @@ JSON, CSV = "compare.json", "compare.csv"
 def write_results(results: Results) -> tuple[Path, Path]:
     """Write both files into the comparison's folder; returns their paths."""
     paths = results.folder / JSON, results.folder / CSV
-    text = json.dumps(finite(describe(results)), indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(paths[0], text + "\n")
+    write_json(paths[0], describe(results))
     write_atomically(paths[1], as_csv(results))
     return paths
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Values as a file to read and to load, whole or not at all."""
+    text = json.dumps(encode_values(values), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, text + "\n")
 
 
 def describe(results: Results) -> dict[str, Any]:
@@ -94,15 +100,6 @@ def _values(results: Results, choices: tuple[Any, ...]) -> dict[str, Any]:
 def interval_values(found: Interval | None) -> dict[str, Any] | None:
     """An interval as plain values."""
     return None if found is None else {"mean": found.mean, "half_width": found.half_width, "n": found.n}
-
-
-def finite(value: Any) -> Any:
-    """NaN and the infinities as their names, at any depth."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [finite(item) for item in value]
-    return encode_number(value) if isinstance(value, float) else value
 
 
 def as_csv(results: Results) -> str:
