@@ -1,14 +1,10 @@
 """Gradients below Adam's epsilon, whose updates vanish (Wortsman et al. 2023, arXiv:2309.14322, section 3.4)."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from tameformer.health.detectors.detector import Detector, of_quantity
-from tameformer.health.detectors.episodes import Episodes
-from tameformer.health.verdicts import Verdict, by_layer, number, place_of, where
+from tameformer.health.detectors.low import LowQuantity
+from tameformer.health.verdicts import Verdict, number, where
 
 
-class VanishingGradient(Detector):
+class VanishingGradient(LowQuantity):
     """Modules whose gradient has an RMS below epsilon in two measurements in a row; exactly 0 is no matter of epsilon.
 
     Args:
@@ -21,37 +17,17 @@ class VanishingGradient(Detector):
         The gradient is only 0.01 times Adam's epsilon in head since step 50: the update vanishes.
     """
 
-    name = "vanishing_gradient"
+    name, quantity = "vanishing_gradient", "grad_rms_over_epsilon"
+    above = 0.0
 
     def __init__(self, below: float = 1.0) -> None:
-        self.below = below
-        self._modules = Episodes(patience=2)
+        super().__init__(below, in_order=2 * below)
 
-    def observe(self, step: int, values: Mapping[str, float]) -> Verdict | None:
-        """A verdict as gradients vanish, and as the number of modules doubles."""
-        sizes = of_quantity(values, "grad_rms_over_epsilon")
-        if not sizes:
-            return None
-        found = self._modules.hear(
-            step,
-            beyond=[place for place, value in sizes.items() if 0 < value < self.below],
-            in_order=[place for place, value in sizes.items() if value > 2 * self.below],
-        )
-        if not found:
-            return None
-        value = min(sizes[place] for place in found if place in sizes)
-        since, places = min(found.values()), by_layer(place_of(place) for place in found)
+    def tell(self, value: float, places: tuple[tuple[str, tuple[int, ...]], ...], since: int) -> Verdict:
+        """In words."""
         return Verdict(
-            "bad", "grad_rms_over_epsilon", places, value,
+            "bad", self.quantity, places, value,
             f"The gradient is only {number(value)} times Adam's epsilon in {where(places)} since step {since}: "
             f"the update vanishes.",
             "Try a lower optim.eps, such as 1e-12.", since,
         )  # fmt: skip
-
-    def state(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return self._modules.state()
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`."""
-        self._modules.load(state)
