@@ -5,7 +5,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tameformer.health.detectors import (
@@ -185,6 +185,7 @@ def all_of_them():
 
 @settings(max_examples=60)
 @given(lines=LINES, repeats=st.integers(1, 6), cut=st.integers(0, 300))
+@example(lines=[{"diag/update_ratio/a": 1.0, "train/lr": 5e-324}], repeats=2, cut=1)
 def test_an_interruption_changes_no_verdict(lines, repeats, cut):
     lines = lines * repeats
     straight, interrupted = all_of_them(), all_of_them()

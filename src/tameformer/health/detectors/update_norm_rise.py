@@ -50,7 +50,7 @@ class UpdateNormRise(Detector):
             return None
         relative = {place: ratio / rate for place, ratio in ratios.items()}
         size = math.sqrt(math.fsum(value * value for value in relative.values()) / len(relative))
-        if size * rate < _ROUNDING:
+        if size * rate < _ROUNDING or not math.isfinite(size):  # no rate is too small to be logged, but to divide by
             return None
         usual = median(self._sizes) if len(self._sizes) >= _FEWEST else math.inf
         if size > self._limit():
