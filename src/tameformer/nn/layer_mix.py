@@ -25,7 +25,7 @@ class LayerMix(nn.Module):
             does not settle on one; the others share its weight, and where all would go, none does.
 
     Example:
-        >>> mix = LayerMix(3)
+        >>> mix = LayerMix(3).eval()
         >>> mix([torch.zeros(1, 2, 4), torch.ones(1, 2, 4), torch.full((1, 2, 4), 5.0)])[0, 0]
         tensor([2., 2., 2., 2.], grad_fn=<SelectBackward0>)
     """
