@@ -20,6 +20,7 @@ SCRIPTS = [
     "complexity",
     "guard",
     "finetune",
+    "finetune_table",
 ]
 
 
