@@ -4,11 +4,14 @@ Every loop runs in a thread of its own and is let go for a few steps at a time, 
 order each round. Ratios are taken inside a round, so that what slows the machine for a while slows both sides.
 """
 
+import contextlib
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 StepBegins = Callable[[], bool]
 """Called by a loop before each step; waits until the step may run, and says False when the loop shall end."""
@@ -165,3 +168,16 @@ def ratio(seconds: Mapping[str, Sequence[float]], name: str, to: str) -> Quartil
 def difference_ms(seconds: Mapping[str, Sequence[float]], name: str, to: str) -> Quartiles:
     """One variant's time minus another's, round by round, in milliseconds."""
     return quartiles([1e3 * (ours - theirs) for ours, theirs in zip(seconds[name], seconds[to], strict=True)])
+
+
+def resident(field: str) -> float:
+    """MiB of this process in Linux: `VmRSS` now, `VmHWM` at its peak."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None, "Linux has both fields"
+    return int(found[1]) / 1024
+
+
+def forget_peak() -> None:
+    """Set the mark of `VmHWM` back to now; where the kernel refuses, the peak holds what was taken before."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

@@ -9,28 +9,18 @@ it. The peak's mark is set back before the first step where the kernel allows it
 counts.
 """
 
-import contextlib
 import dataclasses
 import gc
 import json
 import random
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from measure import quartiles
+from measure import forget_peak, quartiles, resident
 from write_up import Table, parser, set_threads, write
 
 LOOPS = ("bare", "ours", "ours_unmonitored")
-
-
-def resident(field: str) -> float:
-    """MiB of this process: `VmRSS` now, `VmHWM` at its peak."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None, "Linux has both fields"
-    return int(found[1]) / 1024
 
 
 def child(name: str, steps: int, quick: bool) -> None:
@@ -51,8 +41,7 @@ def child(name: str, steps: int, quick: bool) -> None:
     loop = {"bare": bare, "ours": ours, "ours_unmonitored": lambda *a: ours(*a, monitored=False)}[name](size, text)
     paused = Paused(loop)  # stands before its first step
     gc.collect()
-    with contextlib.suppress(OSError):  # where refused, the peak holds what imports took for a moment
-        Path("/proc/self/clear_refs").write_text("5")
+    forget_peak()
     before = resident("VmRSS")
     paused.advance(steps)
     print("MEMORY", json.dumps({"imports": imports, "before": before, "peak": resident("VmHWM")}))

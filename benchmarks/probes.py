@@ -6,17 +6,14 @@ plain one's, median over rounds. Ratios within about 0.01 of 1 are below the noi
 the last column, is measured by timing the callbacks themselves and is the better number there.
 """
 
-import contextlib
 import dataclasses
 import random
-import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
-from measure import Quartiles, quartiles
+from measure import Quartiles, forget_peak, quartiles, resident
 from subjects import Size, mean_loss, model_of
 from torch import nn
 from torch.optim import AdamW
@@ -82,17 +79,10 @@ class Stopwatch:
 
 def peak_of(run: Callable[[], object]) -> float:
     """MiB by which the resident set grew at its highest while something ran."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
+    forget_peak()
+    before = resident("VmRSS")
     run()
-    return _resident("VmHWM") - before
-
-
-def _resident(field: str) -> float:
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None, "Linux has both fields"
-    return int(found[1]) / 1024
+    return resident("VmHWM") - before
 
 
 def compare(

@@ -2,17 +2,20 @@
 
 Each variant has a model and a fused AdamW of its own and takes its turn in every round, in random order; ratios are taken
 inside the round. "At first" takes three power steps an update, as the first hundred updates do, the others one. "Beside" keeps
-stored weights and gammas beside the optimizer. With four micro-batches the tokens of a step come in four parts. Sigma's start
-is compared with the decomposition that the published layers start from.
+stored weights and gammas beside the optimizer. With four micro-batches the tokens of a step come in four parts. Memory is that
+by which a fresh process grows for model, gradients, moments and three steps. Sigma's start is compared with the decomposition
+that the published layers start from.
 """
 
 import dataclasses
 import random
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import torch
-from measure import Quartiles, quartiles
+from measure import Quartiles, forget_peak, quartiles, resident
 from subjects import Size, mean_loss, model_of
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -93,6 +96,26 @@ def compare(
     }
 
 
+def growth(name: str, size: Size, dtype: torch.dtype) -> float:
+    """MiB that model, gradients, moments and three steps take at their peak; for a process that has done nothing before."""
+    import torch._dynamo  # noqa: F401  every optimizer of torch imports it
+
+    forget_peak()
+    before = resident("VmRSS")
+    step = step_of(size, patches()[name], micro_batches=1, dtype=dtype)
+    for _ in range(3):
+        step()
+    return resident("VmHWM") - before
+
+
+def memory(size: Size, names: Sequence[str], *, rounds: int, dtype: torch.dtype) -> dict[str, Quartiles]:
+    """By variant: growth of a fresh process over that of the first."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as fresh:
+        taken = {name: list(fresh.map(growth, [name] * rounds, [size] * rounds, [dtype] * rounds)) for name in names}
+    plain = taken.pop(names[0])
+    return {name: quartiles([mine / its for mine, its in zip(taken[name], plain, strict=True)]) for name in taken}
+
+
 def starts(width: int, *, rounds: int) -> dict[str, Quartiles | float]:
     """Seconds of the decomposition over those of ours, and the relative error of sigma, on Gaussian matrices."""
     generator = torch.Generator().manual_seed(0)
@@ -137,6 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rounds = 2 if given.quick else given.rounds
     raw: dict[str, object] = {}
     steps = Table("Time of a step over the plain one", ["tokens a step", *list(patches())[1:]])
+    names = list(patches())[:2] if given.quick else list(patches())
+    peaks = Table("Peak memory over the plain model's", ["tokens a step", *names[1:]])
     sizes = [(32, 1)] if given.quick else [(512, 1), (512, 4), (4096, 1)]
     for tokens, parts in sizes:
         size = Size(num_layers=6, dim=256, num_heads=4, seq=128, batch=tokens // 128)
@@ -148,6 +173,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = compare(size, rounds=few, micro_batches=parts, dtype=dtype)
             raw[title] = {name: dataclasses.asdict(ratio) for name, ratio in found.items()}
             steps.rows.append([title, *(ratio.show() for ratio in found.values())])
+            if parts == 1:
+                found = memory(size, names, rounds=1 if given.quick else 3, dtype=dtype)
+                raw[f"memory, {title}"] = {name: dataclasses.asdict(ratio) for name, ratio in found.items()}
+                peaks.rows.append([title, *(ratio.show() for ratio in found.values())])
     start = Table("Start of sigma, over torch.linalg.svd", ["matrix", "times faster", "relative error, median"])
     for width in (160,) if given.quick else (768, 2048):
         found = starts(width, rounds=2 if given.quick else 3)
@@ -162,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raw[f"error after {updates}"] = dataclasses.asdict(error)
         percent = Quartiles(*(100 * value for value in dataclasses.astuple(error)))
         follow.rows.append([str(updates), percent.show()])
-    write("stabilizers", [steps, start, follow], about=__doc__ or "", notes=NOTES, raw=raw, options=given)
+    write("stabilizers", [steps, peaks, start, follow], about=__doc__ or "", notes=NOTES, raw=raw, options=given)
 
 
 if __name__ == "__main__":
