@@ -27,12 +27,16 @@ def text(tmp_path_factory):
     [
         ("char-lm", "lstm", "z_loss"),
         ("char-lm", "gru", "z_loss"),
+        ("char-lm", "universal", "sigma_reparam"),
         ("vit-digits", "resnet", "sigma_reparam"),
         ("vit-digits", "cnn", "sigma_reparam"),
     ],
 )
 def test_learns_is_diagnosed_and_exported(recipe, architecture, method, text, tmp_path, capsys):
     values = {**LM, "data.path": text} if recipe == "char-lm" else IMAGES
+    if architecture == "universal":
+        del values["model.num_layers"]
+        values |= {"model.num_steps": 2, "optim.peak_lr": 0.05}
     folder = tmp_path / "run"
     values = {**values, "model.architecture": architecture, "stabilize": [method], "output_dir": str(folder)}
     result = train(recipe, overrides=values)

@@ -15,7 +15,7 @@ from tameformer.data.text import read_text
 from tameformer.data.tokenizers import CharTokenizer
 from tameformer.data.windows import EvaluationWindows, TokenWindows
 from tameformer.health import prior_loss
-from tameformer.models import Architecture, DecoderConfig, RecurrentDecoderConfig
+from tameformer.models import Architecture, DecoderConfig, RecurrentDecoderConfig, UniversalDecoderConfig
 from tameformer.recipes.assemble import assemble, frequencies, require_path
 from tameformer.recipes.config import RecipeConfig
 from tameformer.training import Engine, Run, mean_metrics
@@ -52,8 +52,10 @@ class Config(RecipeConfig):
 
     data: TextDataConfig = field(default_factory=TextDataConfig)
     """The text."""
-    model: DecoderConfig | RecurrentDecoderConfig = field(default_factory=lambda: DecoderConfig(max_length=64))
-    """The decoder, or a recurrent network; its `max_length` is the context."""
+    model: DecoderConfig | UniversalDecoderConfig | RecurrentDecoderConfig = field(
+        default_factory=lambda: DecoderConfig(max_length=64)
+    )
+    """The decoder, one layer of it applied several times (universal), or a recurrent network; `max_length` is the context."""
     max_steps: int | None = 2000
     """Optimizer steps; null trains for `num_train_epochs`."""
 

@@ -15,7 +15,7 @@ from tameformer.data.packing import PackedDocuments, pack_texts
 from tameformer.data.tokenizers import BPETokenizer, train_bpe
 from tameformer.errors import ConfigError
 from tameformer.health import prior_loss
-from tameformer.models import Architecture, DecoderConfig
+from tameformer.models import Architecture, DecoderConfig, UniversalDecoderConfig
 from tameformer.nn.masks import document_mask
 from tameformer.recipes.assemble import assemble, frequencies, require_path
 from tameformer.recipes.config import RecipeConfig
@@ -61,8 +61,8 @@ class Config(RecipeConfig):
 
     data: DocumentsConfig = field(default_factory=DocumentsConfig)
     """The documents."""
-    model: DecoderConfig = field(default_factory=DecoderConfig)
-    """The decoder; its `max_length` is the context."""
+    model: DecoderConfig | UniversalDecoderConfig = field(default_factory=DecoderConfig)
+    """The decoder, or one layer of it applied several times (universal); its `max_length` is the context."""
     num_train_epochs: int | None = 1
     """Passes over the training data; `max_steps` wins when both are given."""
 
@@ -75,7 +75,7 @@ def build(config: Config, folder: Path) -> Run:
     return assemble(
         config,
         folder=folder,
-        model=Architecture("decoder", config.model, {"vocab_size": tokenizer.vocab_size}),
+        model=Architecture.of(config.model, vocab_size=tokenizer.vocab_size),
         source=train,
         plan=ShuffledBatches(len(train), config.data.batch_size, seed=config.order_seed),
         loss=packed_loss,
