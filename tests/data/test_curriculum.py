@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from tameformer.data import LengthCurriculum, Plan, ShuffledBatches
 from tameformer.data.buckets import TokenBuckets
-from tameformer.data.curriculum import linear
+from tameformer.data.curriculum import linear, within_tokens
 from tameformer.errors import DataError
 
 LENGTHS = np.random.default_rng(0).integers(1, 60, 200)
@@ -64,10 +64,32 @@ def test_sides_and_another_plan_behind():
     assert one.batch(3).indices.tolist() == TokenBuckets(sides, 500, 0).batch(0).indices.tolist()
 
 
+def test_a_bound_on_tokens_holds_for_every_draw_and_is_used():
+    sides = np.stack([LENGTHS, np.roll(LENGTHS, 1)], axis=1)
+    size = within_tokens(sides, 400)
+    one = LengthCurriculum(TokenBuckets(sides, 400, 0), sides, warmup_steps=40, batch_size=size)
+    padded = []
+    for step in range(40):
+        indices = one.batch(step).indices
+        assert len(set(indices.tolist())) == len(indices)
+        padded.append(len(indices) * sides[indices].max(axis=0).sum())
+    assert max(padded) <= 400
+    assert max(padded) > 300
+    # The same by hand: the shortest by their longer side, padded to the longest of them on each side.
+    shortest = sides[np.argsort(sides.max(axis=1), kind="stable")]
+    assert [size(count) for count in (1, 50, 200)] == [
+        400 // shortest[:count].max(axis=0).sum() for count in (1, 50, 200)
+    ]
+    few = LengthCurriculum(
+        TokenBuckets(sides, 400, 0), sides, warmup_steps=40, batch_size=lambda admitted: 1, min_batch_size=3
+    )
+    assert {len(few.batch(step).indices) for step in range(40)} == {3}
+
+
 def test_wrong_settings():
     with pytest.raises(DataError, match="at least batch_size 300 samples, got 200"):
         plan(batch_size=300)
-    with pytest.raises(ValueError, match="at least 1, got 0 and 8"):
+    with pytest.raises(ValueError, match="at least 1, got 0, 8 and 1"):
         plan(warmup_steps=0)
     with pytest.raises(IndexError, match="counted from 0, got -1"):
         plan().batch(-1)

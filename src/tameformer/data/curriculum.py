@@ -17,6 +17,9 @@ from tameformer.errors import DataError
 
 Competence = Callable[[float], float]
 """From how much of the warm-up is over, 0..1, to the share of the samples that may be drawn, the shortest ones, 0..1."""
+BatchSize = Callable[[int], int]
+"""From how many samples may be drawn, the shortest ones, to how many of them a step draws."""
+Lengths = Integer[np.ndarray, " samples"] | Integer[np.ndarray, "samples sides"]
 
 
 def square_root(progress: float, *, start: float = 0.01) -> float:
@@ -32,6 +35,23 @@ def square_root(progress: float, *, start: float = 0.01) -> float:
 def linear(progress: float, *, start: float = 0.01) -> float:
     """Evenly from `start` to 1."""
     return start + progress * (1 - start)
+
+
+def within_tokens(lengths: Lengths, max_tokens: int) -> BatchSize:
+    """As many samples as have at most `max_tokens` padded tokens however they are drawn, sides (source, target) padded apart.
+
+    Example:
+        >>> size = within_tokens(np.array([[2, 3], [8, 6], [4, 4]]), max_tokens=32)
+        >>> size(1), size(2), size(3)  # padded to 2 + 3, to 4 + 4, and to 8 + 6
+        (6, 4, 2)
+    """
+    sides = lengths.reshape(len(lengths), -1)
+    padded = np.maximum.accumulate(sides[_short_to_long(lengths)], axis=0).sum(axis=1)
+    return lambda admitted: max_tokens // int(padded[admitted - 1])
+
+
+def _short_to_long(lengths: np.ndarray) -> np.ndarray:
+    return np.argsort(lengths.reshape(len(lengths), -1).max(axis=1), kind="stable").astype(np.int64)
 
 
 class LengthCurriculum:
@@ -54,10 +74,11 @@ class LengthCurriculum:
     def __init__(
         self,
         then: Plan,
-        lengths: Integer[np.ndarray, " samples"] | Integer[np.ndarray, "samples sides"],
+        lengths: Lengths,
         *,
         warmup_steps: int,
-        batch_size: int,
+        batch_size: int | BatchSize,
+        min_batch_size: int = 1,
         competence: Competence = square_root,
         seed: int = 0,
     ) -> None:
@@ -67,24 +88,27 @@ class LengthCurriculum:
             then: What comes after the warm-up, over the same samples.
             lengths: Tokens of each sample, or of each of its sides, of which the longer counts.
             warmup_steps: Steps of the warm-up.
-            batch_size: Samples of a step of the warm-up.
+            batch_size: Samples of a step of the warm-up; a function says how many of those admitted, see `within_tokens`.
+            min_batch_size: Fewest samples of a step whatever the function says: processes x accumulation, so that each has one.
             competence: Which share of the samples may be drawn.
             seed: Data seed.
 
         Raises:
             DataError: There are fewer samples than `batch_size`.
-            ValueError: `warmup_steps` or `batch_size` is below 1.
+            ValueError: `warmup_steps`, `batch_size` or `min_batch_size` is below 1.
         """
-        if warmup_steps < 1 or batch_size < 1:
-            raise ValueError(f"expected warmup_steps and batch_size of at least 1, got {warmup_steps} and {batch_size}")
-        if len(lengths) < batch_size:
-            raise DataError(
-                f"expected at least batch_size {batch_size} samples, got {len(lengths)}: take smaller batches"
+        least = min_batch_size if callable(batch_size) else max(min_batch_size, batch_size)
+        if min(warmup_steps, min_batch_size, least if callable(batch_size) else batch_size) < 1:
+            raise ValueError(
+                "expected warmup_steps, batch_size and min_batch_size of at least 1, "
+                f"got {warmup_steps}, {batch_size} and {min_batch_size}"
             )
-        longest = lengths.reshape(len(lengths), -1).max(axis=1)
-        self._order = np.argsort(longest, kind="stable").astype(np.int64)
-        self.then, self.warmup_steps, self.batch_size, self.seed = then, warmup_steps, batch_size, seed
-        self.competence = competence
+        if len(lengths) < least:
+            raise DataError(f"expected at least batch_size {least} samples, got {len(lengths)}: take smaller batches")
+        self._order = _short_to_long(lengths)
+        self._size: BatchSize = batch_size if callable(batch_size) else lambda admitted: batch_size
+        self._least = least
+        self.then, self.warmup_steps, self.seed, self.competence = then, warmup_steps, seed, competence
 
     def steps_in_epoch(self, epoch: int) -> int:
         """The warm-up, then the epochs of the plan behind it."""
@@ -105,12 +129,11 @@ class LengthCurriculum:
             keys = self.then.batch(step - self.warmup_steps)
             return replace(keys, epoch=keys.epoch + 1)  # what is random about a sample differs from the warm-up
         admitted = self.admitted(step)
-        drawn = generator(seed=self.seed, epoch=step, salt="curriculum").choice(
-            admitted, self.batch_size, replace=False
-        )
+        size = min(admitted, max(self._least, self._size(admitted)))
+        drawn = generator(seed=self.seed, epoch=step, salt="curriculum").choice(admitted, size, replace=False)
         return SampleKeys(self.seed, 0, self._order[drawn])
 
     def admitted(self, step: int) -> int:
         """How many samples, counted from the shortest, a step of the warm-up may draw from."""
         share = self.competence(step / self.warmup_steps)
-        return min(len(self._order), max(self.batch_size, math.ceil(share * len(self._order))))
+        return min(len(self._order), max(self._least, math.ceil(share * len(self._order))))

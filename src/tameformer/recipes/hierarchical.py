@@ -19,6 +19,7 @@ from tameformer.models import Architecture
 from tameformer.models.hierarchical import HierarchicalClassifier, HierarchicalConfig
 from tameformer.recipes.assemble import assemble
 from tameformer.recipes.config import RecipeConfig
+from tameformer.recipes.curriculum import with_curriculum
 from tameformer.recipes.text_classification import TOKENIZER, LabelledTextsConfig, read
 from tameformer.recipes.vision import class_sums
 from tameformer.record import write_figure
@@ -58,13 +59,15 @@ def build(config: Config, folder: Path) -> Run:
         "num_classes": config.data.num_classes or 1 + max(row.label for row in rows),
         "padding_id": tokenizer.padding_id,
     }
+    batch_size = config.data.batch_size
+    buckets = LengthBuckets(train.lengths, batch_size, seed=config.order_seed)
     judged = partial(evaluate, batch_size=max(1, config.data.eval_max_tokens // config.model.max_words))
     return assemble(
         config,
         folder=folder,
         model=Architecture("hierarchical_classifier", config.model, told),
         source=train,
-        plan=LengthBuckets(train.lengths, config.data.batch_size, seed=config.order_seed),
+        plan=with_curriculum(buckets, config.data.curriculum, train.lengths, batch_size, config=config),
         loss=document_loss,
         unit="samples",
         evaluate=partial(judged, source=held_out, show=partial(write_attention, tokenizer=tokenizer, folder=folder)),

@@ -26,6 +26,7 @@ from tameformer.errors import CheckpointError, ConfigError
 from tameformer.models import Architecture, TextClassifierConfig
 from tameformer.recipes.assemble import ARCHITECTURE, assemble, num_steps, require_path, seeded
 from tameformer.recipes.config import RecipeConfig
+from tameformer.recipes.curriculum import CurriculumConfig, with_curriculum
 from tameformer.recipes.finetune import FinetuneConfig, finish, prepare
 from tameformer.recipes.init_from import take_weights
 from tameformer.recipes.pretrained import is_ours, load_pretrained, load_tokenizer
@@ -67,6 +68,8 @@ class LabelledTextsConfig:
     """Texts that one optimizer step sees, over all processes."""
     eval_max_tokens: int = 8192
     """Padded tokens evaluated at a time."""
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    """Short texts first."""
     num_workers: int = 0
     """Processes that prepare batches ahead."""
 
@@ -129,9 +132,11 @@ def build(config: Config, folder: Path) -> Run:
             "data.token_deletion does not work with a model that is told which text of a pair a token is in; leave it out"
         )
     train = replace(train, transforms=noise(config.data, marks))
-    plan = LengthBuckets(train.lengths, config.data.batch_size, seed=config.order_seed)
+    batch_size = config.data.batch_size
+    buckets = LengthBuckets(train.lengths, batch_size, seed=config.order_seed)
+    plan = with_curriculum(buckets, config.data.curriculum, train.lengths, batch_size, config=config)
     if config.evals_per_epoch is not None:
-        every = max(1, math.ceil(plan.steps_in_epoch(0) / config.evals_per_epoch))
+        every = max(1, math.ceil(buckets.steps_in_epoch(0) / config.evals_per_epoch))
         config = replace(
             config, evals_per_epoch=None, loop=replace(config.loop, eval_steps=min(every, num_steps(config, plan)))
         )

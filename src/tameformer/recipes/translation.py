@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tameformer.data import SampleKeys, single_pass
 from tameformer.data.buckets import LengthSortedBatches, TokenBuckets
+from tameformer.data.curriculum import within_tokens
 from tameformer.data.pairs import PairSource, read_pairs, read_pairs_tsv, tokenized_pairs
 from tameformer.data.tokenizers import BPETokenizer, train_bpe
 from tameformer.health import prior_loss
@@ -27,6 +28,7 @@ from tameformer.models.recurrent_translation import RecurrentSteps, RecurrentTra
 from tameformer.recipes.assemble import assemble, frequencies, require_path
 from tameformer.recipes.bleu import bleu_scores, bleu_signatures
 from tameformer.recipes.config import RecipeConfig
+from tameformer.recipes.curriculum import CurriculumConfig, with_curriculum
 from tameformer.record import write_figure
 from tameformer.training import Engine, Run, mean_metrics
 from tameformer.training.run import Evaluation
@@ -61,6 +63,8 @@ class PairsConfig:
     """Padded tokens, source and target together, that one optimizer step sees at most."""
     eval_max_tokens: int = 8192
     """Padded tokens evaluated at a time."""
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    """Short pairs first."""
     num_workers: int = 0
     """Processes that prepare batches ahead."""
 
@@ -120,6 +124,7 @@ def build(config: Config, folder: Path) -> Run:
         max_tokens=data.eval_max_tokens,
         language=data.target_language,
     )
+    parts = config.gradient_accumulation_steps * PartialState().num_processes
     evaluate: Evaluation = partial(evaluate_loss, source=held_out, max_tokens=data.eval_max_tokens)
     if config.decoding.eval_sentences is not None:
         evaluate = _both(evaluate, partial(translated, pairs=validation[: config.decoding.eval_sentences]))
@@ -128,11 +133,13 @@ def build(config: Config, folder: Path) -> Run:
         folder=folder,
         model=Architecture.of(config.model, **told),
         source=train,
-        plan=TokenBuckets(
+        plan=with_curriculum(
+            TokenBuckets(train.lengths, data.max_tokens, seed=config.order_seed, min_batch_size=parts),
+            data.curriculum,
             train.lengths,
-            data.max_tokens,
-            seed=config.order_seed,
-            min_batch_size=config.gradient_accumulation_steps * PartialState().num_processes,
+            within_tokens(train.lengths, data.max_tokens),
+            config=config,
+            min_batch_size=parts,
         ),
         loss=partial(translation_loss, label_smoothing=config.label_smoothing),
         unit="tokens",
