@@ -44,10 +44,10 @@ def parts(folder: Path, size, text) -> tuple[dict[str, tuple[Part, int]], Callab
     mean_loss(model, micro[0]["tokens"], micro[0]["targets"]).backward()
     gradients = [p.grad for p in parameters]
     for _ in range(EVERY):
-        loop.interval.add(2.5, 1.0, result.num_items)
+        loop.progress.interval.add(2.5, 1.0, result.num_items)
     plain = random_windows(text, size)
 
-    values = {**loop.interval.line(), "train/lr": 1e-3}
+    values = {**loop.progress.interval.line(), "train/lr": 1e-3}
     factor = torch.ones(())
 
     def forward_backward() -> None:
@@ -110,7 +110,7 @@ def parts(folder: Path, size, text) -> tuple[dict[str, tuple[Part, int]], Callab
         "zero_grad of no gradients": (optimizer.zero_grad, 1),
         "next batch from our stream": (lambda: next(batches), 1),
         "next batch of a plain script": (lambda: next(plain), 1),
-        "_before_update whole": (loop._before_update, 1),
+        "_before_update whole": (loop.steps._before_update, 1),
         "  torch.manual_seed": (lambda: torch.manual_seed(1), 1),
         "  the default generator's manual_seed": (lambda: torch.default_generator.manual_seed(1), 1),
         "  schedule and rates": (rates, 1),

@@ -2,7 +2,7 @@
 
 Every figure is of a fresh process, in turns and in random order. Processor seconds are user and system time, up to the
 moment named; wall seconds count from the moment the parent starts the child. The end of the first step is stamped by a
-wrapper around the loop's `train_step`; nothing else differs from the command.
+wrapper around the `train_step` of the loop's steps; nothing else differs from the command.
 """
 
 import json
@@ -23,14 +23,14 @@ STAMP = "print('STAMP', time.process_time(), time.perf_counter())"
 FIRST_STEP = f"""
 import sys
 import time
-import tameformer.training.loop as loop
+import tameformer.training.guarded as guarded
 from tameformer.cli.__main__ import main
-train_step = loop.train_step
+train_step = guarded.train_step
 def stamped(*args, **kwargs):
     result = train_step(*args, **kwargs)
     {STAMP}
     return result
-loop.train_step = stamped
+guarded.train_step = stamped
 code = main(sys.argv[1:])
 print('END', time.process_time(), time.perf_counter())
 sys.exit(code)

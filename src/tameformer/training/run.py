@@ -33,6 +33,14 @@ class Plan(Protocol):
         ...
 
 
+def epochs(plan: Plan, position: int) -> float:
+    """Passes over the data that this many steps of the plan are."""
+    if position == 0:
+        return 0.0
+    epoch, step = plan.locate(position - 1)
+    return epoch + (step + 1) / plan.steps_in_epoch(epoch)
+
+
 @runtime_checkable
 class Stream(Protocol):
     """The micro-batches of one process, step by step."""
