@@ -11,6 +11,7 @@ _EPILOG = """\
 OUT holds config.json, model.safetensors and, where the run has them, tokenizer.json and preprocessing.json; in Python,
 tameformer.load("OUT") is the model. Methods of `stabilize` are folded into plain weights; those that cannot be (peri_norm,
 qk_norm, soft_cap) are named in config.json and put on again by load. OUT appears whole or not at all.
+Of a run that began from a Hugging Face model OUT is a folder for from_pretrained, with its tokenizer.
 
 Which weights: with optim.ema_decay a run evaluates the moving average of its weights, so that is what is exported; otherwise
 the weights themselves. --weights says it explicitly.

@@ -3,16 +3,18 @@
     OUT/  config.json  model.safetensors  [tokenizer.json]  [preprocessing.json]
 
 `config.json` names a builder of ours, its arguments, and what no tensor says: methods that cannot be folded away, norms that
-were taken out, and the epsilon of norms that a folded method has changed.
+were taken out, and the epsilon of norms that a folded method has changed. Of a run that began from a model of Hugging Face, OUT
+is a folder of that library.
 """
 
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from tameformer.errors import CheckpointError, ConfigError, PatchError
 from tameformer.finetune import lora, plain_tensors
 from tameformer.models import Architecture
 from tameformer.patch import PatchHandle
+from tameformer.recipes import hugging_face
 from tameformer.recipes.assemble import ARCHITECTURE, read_profile, seeded
 from tameformer.recipes.catalogue import resolve
 from tameformer.recipes.launch import find_checkpoint
@@ -95,10 +98,12 @@ def export(run: str | Path, out: str | Path, *, weights: str | None = None, best
     _check_free(out)
     checkpoint, skipped = _checkpoint(run, best)
     folder = checkpoint.parent.parent
+    if hugging_face.is_kept(folder):
+        return _export_hugging_face(checkpoint, out, weights, skipped)
     architecture = _architecture(folder)
-    model, handles, kept, step, weights = _folded(checkpoint, architecture, weights)
+    model, handles, kept, step, weights = _folded(checkpoint, architecture.build, weights)
     settings = [{handle.method: handle.settings} if handle.settings else handle.method for handle in kept]
-    plain, _ = _changed(architecture, methods_of(settings), {})
+    plain, _ = _changed(architecture.build, methods_of(settings), {})
     values = {
         "format": FORMAT,
         "version": version("tameformer"),
@@ -131,7 +136,7 @@ def load(path: str | Path) -> nn.Module:
     values = _read_config(path)
     try:
         architecture = Architecture.from_plain(values["model"])
-        model, _ = _changed(architecture, methods_of(values["stabilize"]), {})
+        model, _ = _changed(architecture.build, methods_of(values["stabilize"]), {})
         _remove(model, values["removed_norms"])
         _set_eps(model, values["norm_eps"])
     except (ConfigError, PatchError, ValueError, RuntimeError) as error:
@@ -170,12 +175,12 @@ def plain_model(path: str | Path) -> tuple[nn.Module, Architecture, list[str]]:
         raise CheckpointError(f"{path} is no folder; give a run folder, one of its checkpoints, or an exported folder")
     checkpoint, _ = _checkpoint(path, best=False)
     architecture = _architecture(checkpoint.parent.parent)
-    model, _, kept, *_ = _folded(checkpoint, architecture, None)
+    model, _, kept, *_ = _folded(checkpoint, architecture.build, None)
     return model, architecture, [handle.method for handle in kept]
 
 
 def _folded(
-    checkpoint: Path, architecture: Architecture, weights: str | None
+    checkpoint: Path, build: Callable[[], nn.Module], weights: str | None
 ) -> tuple[nn.Module, list[PatchHandle], list[PatchHandle], int, str]:
     """A checkpoint's model with its methods folded; all handles, those left, the step, and which weights it has."""
     folder = checkpoint.parent.parent
@@ -187,13 +192,33 @@ def _folded(
     if weights == "ema" and not snapshot.average:
         raise CheckpointError(f"{checkpoint} holds no moving average; the run had optim.ema_decay null: take raw")
     try:
-        model, handles = _changed(architecture, methods, read_profile(folder))
+        model, handles = _changed(build, methods, read_profile(folder))
         if low_rank is not None:
             handles.append(lora(model, rank=low_rank))
     except PatchError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     load_model_tensors(model, plain_tensors(_average(snapshot.average) if weights == "ema" else snapshot.model))
     return model, handles, _fold(handles), int(snapshot.state["step"]), weights
+
+
+def _export_hugging_face(checkpoint: Path, out: Path, weights: str | None, skipped: Sequence[str]) -> Exported:
+    """As `export`, into a folder that `AutoModelForSequenceClassification.from_pretrained` and its like read."""
+    folder = checkpoint.parent.parent
+    build = partial(hugging_face.empty_model, folder)
+    model, handles, kept, step, weights = _folded(checkpoint, build, weights)
+    if kept:
+        methods = ", ".join(handle.method for handle in kept)
+        raise CheckpointError(
+            f"{folder}: {methods} cannot be folded into the weights of a Hugging Face model, which are all it has"
+        )
+    removed = [name for name, module in model.named_modules() if isinstance(module, NoNorm)]
+    if removed:
+        raise CheckpointError(
+            f"{folder}: a Hugging Face model has norms, and {', '.join(removed)} were taken out of this one"
+        )
+    with _whole(out) as temporary:
+        hugging_face.save(model.eval(), folder, temporary)
+    return Exported(out, step, weights, tuple(handle.method for handle in handles), (), tuple(skipped))
 
 
 def _check_free(out: Path) -> None:
@@ -223,6 +248,8 @@ def _checkpoint(run: Path, best: bool) -> tuple[Path, list[str]]:
 
 
 def _architecture(folder: Path) -> Architecture:
+    if hugging_face.is_kept(folder):
+        raise CheckpointError(f"{folder} has a model of Hugging Face, not one of ours; `tame export` writes it as such")
     file = folder / ARCHITECTURE
     try:
         return Architecture.from_plain(json.loads(file.read_text(encoding="utf-8")))
@@ -236,7 +263,7 @@ def _architecture(folder: Path) -> Architecture:
 
 
 def _changed(
-    architecture: Architecture, methods: Sequence[tuple[str, Settings]], profiled: Mapping[str, Settings]
+    build: Callable[[], nn.Module], methods: Sequence[tuple[str, Settings]], profiled: Mapping[str, Settings]
 ) -> tuple[nn.Module, list[PatchHandle]]:
     """A model with its methods, of which no weight means anything yet."""
 
@@ -246,14 +273,14 @@ def _changed(
     def no_loss(*_: Any) -> Tensor:
         raise AssertionError("nothing is trained here")
 
-    def build() -> tuple[nn.Module, list[PatchHandle]]:
-        model = architecture.build()
+    def patched() -> tuple[nn.Module, list[PatchHandle]]:
+        model = build()
         handles, *_ = apply_methods(
             model, methods, no_loss, batches=no_batches, mask=lambda batch: {}, profiled=profiled
         )
         return model, handles
 
-    return seeded(0, build)
+    return seeded(0, patched)
 
 
 def _average(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -181,6 +181,7 @@ def _write_head(folder: Path, recipe: Recipe, run: Run, engine: Engine) -> None:
     """Write what is known before the first step: configuration, environment, tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in run.artifacts.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         write_atomically(folder / name, text)
     write_atomically(folder / CONFIG, recipe.to_yaml())
     described = environment(world_size=engine.world_size)

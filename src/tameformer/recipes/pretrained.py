@@ -1,9 +1,8 @@
 """Models that somebody trained before: a Hugging Face folder or name, a run of ours, or an exported folder, by one function."""
 
-import contextlib
 import json
 import re
-from collections.abc import Iterator
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,11 +11,12 @@ import torch
 from torch import nn
 
 from tameformer.data.sources.hub import hub_answers
-from tameformer.errors import CheckpointError, DataError, missing_extra
+from tameformer.errors import CheckpointError, DataError
 from tameformer.finetune import check_fit
 from tameformer.models import Architecture, TextClassifierConfig, VisionConfig
 from tameformer.recipes.assemble import ARCHITECTURE
-from tameformer.recipes.export import plain_model
+from tameformer.recipes.export import export, plain_model
+from tameformer.recipes.hugging_face import FOLDER, is_kept, library, quiet
 from tameformer.training.checkpoint import model_tensors
 
 Task = Literal["features", "text-classification", "image-classification", "masked-lm", "causal-lm"]
@@ -70,18 +70,30 @@ def load_pretrained(
         raise ValueError(f"expected num_labels of at least 1, got {num_labels}")
     if is_ours(path_or_name):
         return _ours(Path(path_or_name), task, num_labels, replace_head)
-    return _hugging_face(str(path_or_name), task, num_labels, replace_head)
+    if is_kept(run_folder(path_or_name)):  # a run of ours that began from a model of the library
+        with tempfile.TemporaryDirectory() as name:
+            export(path_or_name, name)
+            return _hugging_face(str(path_or_name), task, num_labels, replace_head, weights=name)
+    return _hugging_face(str(path_or_name), task, num_labels, replace_head, weights=str(path_or_name))
 
 
 def is_ours(path_or_name: str | Path) -> bool:
-    """Whether this is a run, a checkpoint or an exported folder of ours."""
+    """Whether this is a run, a checkpoint or an exported folder with a model of ours."""
     path = Path(path_or_name)
+    if is_kept(run_folder(path)):
+        return False
     if (path / ARCHITECTURE).is_file() or path.parent.name == "checkpoints" or (path / "checkpoints").is_dir():
         return True
     try:
         return "format" in json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
+
+
+def run_folder(path_or_name: str | Path) -> Path:
+    """The run folder that a checkpoint is in; anything else is itself."""
+    path = Path(path_or_name)
+    return path.parent.parent if path.parent.name == "checkpoints" else path
 
 
 def _ours(path: Path, task: Task, num_labels: int | None, replace_head: bool) -> nn.Module:
@@ -126,18 +138,18 @@ def _ours(path: Path, task: Task, num_labels: int | None, replace_head: bool) ->
     return model.eval()
 
 
-def _hugging_face(name: str, task: Task, num_labels: int | None, replace_head: bool) -> nn.Module:
-    transformers = _transformers()
-    where = {"local_files_only": reachable(name)}
-    with _quiet(transformers):
+def _hugging_face(name: str, task: Task, num_labels: int | None, replace_head: bool, *, weights: str) -> nn.Module:
+    transformers = library()
+    where = {"local_files_only": reachable(weights)}
+    with quiet(transformers):
         try:
-            config = transformers.AutoConfig.from_pretrained(name, **where)
+            config = transformers.AutoConfig.from_pretrained(weights, **where)
             if num_labels is not None and num_labels != config.num_labels:
                 config.num_labels = num_labels
             kind: Any = getattr(transformers, _AUTO[task])
             # All that differs is told by `check_fit`; the library would stop at none or at all of it.
             model, info = kind.from_pretrained(
-                name,
+                weights,
                 config=config,
                 dtype=torch.float32,
                 use_safetensors=True,
@@ -159,12 +171,14 @@ def _hugging_face(name: str, task: Task, num_labels: int | None, replace_head: b
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a Hugging Face folder or name, with a padding token in any case.
+    """The tokenizer of a Hugging Face folder or name, or of a run that began from one, with a padding token in any case.
 
     Raises:
         DataError: There is none.
     """
-    transformers = _transformers()
+    transformers = library()
+    if is_kept(run_folder(name)):
+        name = str(run_folder(name) / FOLDER)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=reachable(name))
     except (OSError, ValueError) as error:
@@ -194,26 +208,3 @@ def reachable(name: str) -> bool:
             "set); connect, or download it elsewhere, write it with save_pretrained, and give that folder"
         )
     return False
-
-
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise missing_extra("transformers", "hf") from error
-    return transformers
-
-
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without the library's own report of what did not fit."""
-    log = transformers.utils.logging
-    before, bar = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(before)
-        if bar:
-            log.enable_progress_bar()

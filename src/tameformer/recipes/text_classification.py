@@ -28,6 +28,7 @@ from tameformer.recipes.assemble import ARCHITECTURE, assemble, num_steps, requi
 from tameformer.recipes.config import RecipeConfig
 from tameformer.recipes.curriculum import CurriculumConfig, with_curriculum
 from tameformer.recipes.finetune import FinetuneConfig, finish, prepare
+from tameformer.recipes.hugging_face import describe, empty_model, is_kept
 from tameformer.recipes.init_from import take_weights
 from tameformer.recipes.pretrained import is_ours, load_pretrained, load_tokenizer
 from tameformer.training import CheckpointFolder, Engine, Run
@@ -272,17 +273,19 @@ def _hugging_face(config: Config, folder: Path, rows: Sequence[LabelledText], nu
         raise ConfigError(
             "model.layer_mix works with our own encoders; use tameformer.nn.layer_mix.LayerMix in your own loop"
         )
-    library = load_tokenizer(name)
+    goes_on = not starts and is_kept(folder)  # a resumed run needs the first no more
+    library = load_tokenizer(str(folder) if goes_on else name)
     load = partial(
         load_pretrained, name, "text-classification", num_labels=num_classes, replace_head=config.replace_head
     )
     try:
-        model = seeded(config.seed, load)
+        model = seeded(config.seed, partial(empty_model, folder) if goes_on else load)
     except CheckpointError as error:
         raise ConfigError(f"init_from {error}".replace("replace_head=True", "--replace_head true")) from error
     known: Any = model
     if known.config.pad_token_id is None:
         known.config.pad_token_id = library.pad_token_id
+    kept = describe(model, library)
 
     def tokenized(rows: Sequence[LabelledText]) -> TokenizedTexts:
         pairs = None if rows[0].pair is None else [row.pair for row in rows]
@@ -296,7 +299,7 @@ def _hugging_face(config: Config, folder: Path, rows: Sequence[LabelledText], nu
         )
 
     mask = library.mask_token_id if library.mask_token_id is not None else library.unk_token_id
-    return model, tokenized, _call_hugging_face, {}, Marks(mask, tuple(library.all_special_ids))
+    return model, tokenized, _call_hugging_face, kept, Marks(mask, tuple(library.all_special_ids))
 
 
 def _call_ours(model: nn.Module, batch: Batch) -> Tensor:
