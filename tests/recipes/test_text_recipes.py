@@ -309,3 +309,22 @@ def test_what_is_held_to_other_weights_cannot_change_in_a_resume(key, value, dat
     train("text-classification", overrides={**values, "loop.pause_after": 0.5})
     with pytest.raises(ConfigError, match=f"belongs to another configuration: finetune.{key} was None and is {value}"):
         train("text-classification", overrides={**values, f"finetune.{key}": value}, resume="auto")
+
+
+@pytest.mark.parametrize(("architecture", "method"), [("cnn", "sigma_reparam"), ("lstm", None), ("gru", None)])
+def test_other_networks_learn_in_the_same_run_and_are_exported(architecture, method, data, tmp_path):
+    values = classifier(data, tmp_path / "run", **{"model.architecture": architecture, "max_steps": 40})
+    values = {key: value for key, value in values.items() if key not in ("model.num_heads", "model.num_layers")}
+    values |= {"optim.peak_lr": 0.01, "stabilize": [method] if method else []}
+    assert train("text-classification", overrides=values).metrics["eval/accuracy"] > 0.9
+    tame.export(tmp_path / "run", tmp_path / "out")
+    assert tame.load(tmp_path / "out")(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 2)
+
+
+def test_other_networks_start_from_nothing(data, tmp_path):
+    values = classifier(data, tmp_path / "run", init_from="somewhere", **{"model.architecture": "cnn"})
+    values = {key: value for key, value in values.items() if key not in ("model.num_heads", "model.num_layers")}
+    with pytest.raises(
+        ConfigError, match=r"init_from brings .* Transformer, but model\.architecture is cnn; leave one"
+    ):
+        train("text-classification", overrides=values)

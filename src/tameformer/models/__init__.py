@@ -3,6 +3,11 @@
 from tameformer.models.architecture import BUILDERS, Architecture
 from tameformer.models.contrastive import ContrastiveConfig, contrastive_encoder
 from tameformer.models.convolutional import ConvolutionalConfig, convolutional_classifier
+from tameformer.models.convolutional_text import (
+    ConvolutionalTextClassifier,
+    ConvolutionalTextConfig,
+    convolutional_text_classifier,
+)
 from tameformer.models.ctc import ctc_beam_search, ctc_greedy
 from tameformer.models.decoder import Decoder, DecoderConfig, decoder
 from tameformer.models.encoder import Encoder, EncoderConfig, encoder
@@ -17,6 +22,7 @@ from tameformer.models.hierarchical import (
 )
 from tameformer.models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderConfig, masked_autoencoder
 from tameformer.models.recurrent import RecurrentConfig, RecurrentDecoderConfig, recurrent_decoder
+from tameformer.models.recurrent_text import RecurrentTextClassifier, RecurrentTextConfig, recurrent_text_classifier
 from tameformer.models.recurrent_translation import (
     RecurrentTranslation,
     RecurrentTranslationConfig,
@@ -61,6 +67,8 @@ __all__ = [
     "CTCRecognizer",
     "ContrastiveConfig",
     "ConvolutionalConfig",
+    "ConvolutionalTextClassifier",
+    "ConvolutionalTextConfig",
     "ConvolutionalVideoConfig",
     "Decoder",
     "DecoderConfig",
@@ -80,6 +88,8 @@ __all__ = [
     "RecurrentConfig",
     "RecurrentDecoderConfig",
     "RecurrentSpeechConfig",
+    "RecurrentTextClassifier",
+    "RecurrentTextConfig",
     "RecurrentTranslation",
     "RecurrentTranslationConfig",
     "SetClassifier",
@@ -96,6 +106,7 @@ __all__ = [
     "beam_search",
     "contrastive_encoder",
     "convolutional_classifier",
+    "convolutional_text_classifier",
     "convolutional_video_classifier",
     "ctc_beam_search",
     "ctc_greedy",
@@ -111,6 +122,7 @@ __all__ = [
     "ponder_cost",
     "recurrent_decoder",
     "recurrent_recognizer",
+    "recurrent_text_classifier",
     "recurrent_translation",
     "sample",
     "set_classifier",

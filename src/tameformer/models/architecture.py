@@ -11,6 +11,7 @@ from tameformer import config as configuration
 from tameformer.errors import ConfigError
 from tameformer.models.contrastive import ContrastiveConfig, contrastive_encoder
 from tameformer.models.convolutional import ConvolutionalConfig, convolutional_classifier
+from tameformer.models.convolutional_text import ConvolutionalTextConfig, convolutional_text_classifier
 from tameformer.models.decoder import DecoderConfig, decoder
 from tameformer.models.encoder import EncoderConfig, encoder
 from tameformer.models.encoder_decoder import EncoderDecoderConfig, encoder_decoder
@@ -18,6 +19,7 @@ from tameformer.models.graph import GraphConfig, graph_classifier
 from tameformer.models.hierarchical import HierarchicalConfig, hierarchical_classifier
 from tameformer.models.masked_autoencoder import MaskedAutoencoderConfig, masked_autoencoder
 from tameformer.models.recurrent import RecurrentDecoderConfig, recurrent_decoder
+from tameformer.models.recurrent_text import RecurrentTextConfig, recurrent_text_classifier
 from tameformer.models.recurrent_translation import RecurrentTranslationConfig, recurrent_translation
 from tameformer.models.set import SetConfig, set_classifier
 from tameformer.models.speech import RecurrentSpeechConfig, SpeechConfig, recurrent_recognizer, speech_recognizer
@@ -39,10 +41,12 @@ from tameformer.models.vision import VisionConfig, vision_classifier
 BUILDERS: dict[str, tuple[Callable[..., nn.Module], type]] = {
     "contrastive_encoder": (contrastive_encoder, ContrastiveConfig),
     "convolutional_classifier": (convolutional_classifier, ConvolutionalConfig),
+    "convolutional_text_classifier": (convolutional_text_classifier, ConvolutionalTextConfig),
     "decoder": (decoder, DecoderConfig),
     "encoder": (encoder, EncoderConfig),
     "encoder_decoder": (encoder_decoder, EncoderDecoderConfig),
     "recurrent_decoder": (recurrent_decoder, RecurrentDecoderConfig),
+    "recurrent_text_classifier": (recurrent_text_classifier, RecurrentTextConfig),
     "graph_classifier": (graph_classifier, GraphConfig),
     "hierarchical_classifier": (hierarchical_classifier, HierarchicalConfig),
     "masked_autoencoder": (masked_autoencoder, MaskedAutoencoderConfig),

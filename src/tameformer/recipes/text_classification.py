@@ -23,7 +23,7 @@ from tameformer.data.labelled import LabelledText, TokenizedTexts, joined, read_
 from tameformer.data.length_buckets import LengthBuckets
 from tameformer.data.tokenizers import SPECIAL_TOKENS, BPETokenizer, train_bpe
 from tameformer.errors import CheckpointError, ConfigError
-from tameformer.models import Architecture, TextClassifierConfig
+from tameformer.models import Architecture, ConvolutionalTextConfig, RecurrentTextConfig, TextClassifierConfig
 from tameformer.recipes.assemble import ARCHITECTURE, assemble, num_steps, require_path, seeded
 from tameformer.recipes.config import RecipeConfig
 from tameformer.recipes.curriculum import CurriculumConfig, with_curriculum
@@ -96,8 +96,11 @@ class Config(RecipeConfig):
 
     data: LabelledTextsConfig = field(default_factory=LabelledTextsConfig)
     """Texts and their classes."""
-    model: TextClassifierConfig = field(default_factory=TextClassifierConfig)
-    """The classifier. Of a Hugging Face model in `init_from` only `max_length` counts: the rest is what the folder says."""
+    model: TextClassifierConfig | ConvolutionalTextConfig | RecurrentTextConfig = field(
+        default_factory=TextClassifierConfig
+    )
+    """A Transformer, or a convolutional or recurrent network to compare with. Of a Hugging Face model in `init_from` only
+    `max_length` counts: the rest is what the folder says."""
     init_from: str | None = None
     """Run, checkpoint or exported folder of ours, or a Hugging Face folder or name, to start from; the head starts afresh."""
     replace_head: bool = False
@@ -115,6 +118,11 @@ class Config(RecipeConfig):
             raise ValueError(f"evals_per_epoch must be at least 1, got {self.evals_per_epoch}")
         if self.evals_per_epoch is not None and self.loop.eval_steps is not None:
             raise ValueError("evals_per_epoch and loop.eval_steps say the same in two ways; give one")
+        if self.init_from is not None and not isinstance(self.model, TextClassifierConfig):
+            raise ValueError(
+                f"init_from brings the weights of a Transformer, but model.architecture is {self.model.architecture}; "
+                "leave one of them out"
+            )
         if self.replace_head and self.init_from is None:
             raise ValueError("replace_head is about the head of init_from; give that, or leave replace_head out")
 
@@ -239,7 +247,7 @@ def _ours(config: Config, folder: Path, rows: Sequence[LabelledText], num_classe
     else:
         tokenizer = BPETokenizer.load(kept)
     told = {"vocab_size": tokenizer.vocab_size, "num_classes": num_classes}
-    architecture = Architecture("text_classifier", config.model, told)
+    architecture = Architecture.of(config.model, **told)
     model = seeded(config.seed, architecture.build)
     if config.init_from is not None and starts:
         take_weights(model, config.model, config.init_from, fresh=("head.", "pooling.", "mix."))
@@ -269,7 +277,7 @@ def _hugging_face(config: Config, folder: Path, rows: Sequence[LabelledText], nu
     """A Hugging Face model with its own tokenizer."""
     name = config.init_from
     assert name is not None, "asked for by init_from"
-    if config.model.layer_mix:
+    if isinstance(config.model, TextClassifierConfig) and config.model.layer_mix:
         raise ConfigError(
             "model.layer_mix works with our own encoders; use tameformer.nn.layer_mix.LayerMix in your own loop"
         )
