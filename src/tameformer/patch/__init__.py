@@ -3,8 +3,10 @@
 from tameformer.patch.attention_calls import AttentionCall
 from tameformer.patch.blocks import blocks
 from tameformer.patch.handle import PatchHandle
-from tameformer.patch.observe import Observation, Observer, unwrapped
+from tameformer.patch.observe import Observation
+from tameformer.patch.observer import Observer
 from tameformer.patch.select import Selector, is_linear, named, select
+from tameformer.patch.unwrapped import unwrapped
 
 __all__ = [
     "AttentionCall",

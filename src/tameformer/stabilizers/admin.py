@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tameformer.errors import PatchError
 from tameformer.patch.adapters import Branch, branches, num_branches, stacks
 from tameformer.patch.handle import PatchHandle
-from tameformer.patch.observe import unwrapped
+from tameformer.patch.unwrapped import unwrapped
 from tameformer.stabilizers.branch_scale import ScaledBranches
 from tameformer.stabilizers.shortcut_profile import Masks, call_with, profile, real_tokens
 from tameformer.stabilizers.shortcut_scale import (

@@ -15,7 +15,7 @@ from torch import nn
 from tameformer.errors import PatchError
 from tameformer.patch.adapters import Branch, Matrix, branches, num_layers, stacks
 from tameformer.patch.handle import PatchHandle
-from tameformer.patch.observe import unwrapped
+from tameformer.patch.unwrapped import unwrapped
 from tameformer.stabilizers.branch_scale import ScaledBranches, check_plain
 from tameformer.stabilizers.shortcut_scale import check_post_norm, fix_shortcut, plan_fold
 from tameformer.stabilizers.starting_values import Start, Write, keep_starts, times, write_starts, xavier_normal

@@ -15,7 +15,7 @@ from torch import nn
 
 from tameformer.patch.adapters import Branch, branches, num_layers, stacks
 from tameformer.patch.handle import PatchHandle
-from tameformer.patch.observe import unwrapped
+from tameformer.patch.unwrapped import unwrapped
 from tameformer.stabilizers.branch_norms import remove_branch_norms
 from tameformer.stabilizers.branch_scale import check_plain
 from tameformer.stabilizers.starting_values import Start, keep_starts, times, write_starts

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from tameformer.errors import PatchError
 from tameformer.nn.z_loss import log_partition_penalty
 from tameformer.patch.handle import PatchHandle
-from tameformer.patch.observe import unwrapped
+from tameformer.patch.unwrapped import unwrapped
 
 Arguments = ParamSpec("Arguments")
 

@@ -10,7 +10,7 @@ from tameformer.errors import PatchError
 from tameformer.patch.adapters.branch import Branch
 from tameformer.patch.adapters.known import FAMILIES
 from tameformer.patch.blocks import blocks
-from tameformer.patch.observe import unwrapped
+from tameformer.patch.unwrapped import unwrapped
 
 
 def branches(model: nn.Module) -> list[Branch]:
