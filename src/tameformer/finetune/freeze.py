@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tameformer.errors import PatchError
 from tameformer.finetune.places import PlaceOf, num_layers, places
@@ -64,12 +65,15 @@ class GradualUnfreezing:
 
     What learns is a function of the step alone, so that a resumed run needs no state. Build the optimizer first, while
     everything is trainable; an optimizer leaves alone what has no gradient. `DistributedDataParallel` waits for gradients of
-    all that was trainable when it was wrapped, and does not work with this.
+    all that was trainable when it was wrapped, unless it was told `find_unused_parameters=True`; FSDP2 does not wait.
 
     Args:
         model: Any model with repeated layers. What is frozen already stays so.
         schedule: From the step to the number of layers that learn; one more than there are lets the embeddings learn, too.
         place_of: Where each parameter is.
+
+    Raises:
+        PatchError: The model has no repeated layers, or is wrapped in what waits for all of them.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -80,6 +84,10 @@ class GradualUnfreezing:
     """
 
     def __init__(self, model: nn.Module, schedule: Unfreezing, *, place_of: PlaceOf = places) -> None:
+        if isinstance(model, DistributedDataParallel) and not model.find_unused_parameters:
+            raise PatchError(
+                "DistributedDataParallel waits for the gradients of frozen layers, too; wrap with find_unused_parameters=True"
+            )
         found = place_of(model)
         self._schedule = schedule
         self._parameters = [(found[name], one) for name, one in model.named_parameters() if one.requires_grad]

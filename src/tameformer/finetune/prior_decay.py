@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from tameformer.errors import PatchError
 from tameformer.finetune.places import Place, places
 from tameformer.patch import PatchHandle
+from tameformer.stabilizers.sigma_weight import is_sharded
 
 SUFFIX = "_prior"
 """A weight's prior is a buffer beside it with this after its name."""
@@ -45,8 +46,11 @@ def prior_decay(
     weights: they go into checkpoints and follow `.to`. A step that is not taken does not decay, also where an optimizer is told
     by a tensor not to take it, as torch's gradient scaler does. In bfloat16 a decay below the last digit is lost, as is any.
 
+    Under DDP give it the model itself. Under FSDP2 call it after `fully_shard`, once the optimizer holds the sharded weights:
+    each prior is sharded as its weight is.
+
     Args:
-        model: Not sharded.
+        model: Wrapped in nothing but `fully_shard`.
         optimizers: One or more, which together hold the weights.
         decay: Share of the distance to the pretrained weights that is taken back at a rate of 1.
         where: Takes parameters by name, value and place; the place is None where the model has no repeated layers.
@@ -88,10 +92,10 @@ def prior_decay(
             weight = getattr(owner, own)
             if hasattr(owner, own + SUFFIX):
                 raise PatchError(f"{name} has a prior already; remove that first")
-            if hasattr(weight, "placements"):
-                raise PatchError(f"{name} is sharded over processes; its prior would have to be, too")
             if id(weight) not in held:
-                raise PatchError(f"{name} is in none of the optimizers; build them from this model, or mend where=")
+                raise PatchError(
+                    f"{name} is in none of the optimizers; build them from this model (after fully_shard), or mend where="
+                )
             owner.register_buffer(own + SUFFIX, weight.detach().clone())
             undo.callback(delattr, owner, own + SUFFIX)
             members.append((owner, own))
@@ -111,12 +115,24 @@ class _Decay:
     @torch.no_grad()
     def __call__(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         # Looked up anew: `.to` and loading may have put other tensors in their place.
-        priors = {id(getattr(owner, name)): getattr(owner, name + SUFFIX) for owner, name in self.members}
+        priors = {id(getattr(owner, name)): _sharded_alike(owner, name) for owner, name in self.members}
         refused = getattr(optimizer, "found_inf", None)
         for group in optimizer.param_groups:
             weights = [one for one in group["params"] if id(one) in priors and one.grad is not None]
             if weights:
                 decay_toward(weights, [priors[id(one)] for one in weights], group["lr"] * self.decay, refused=refused)
+
+
+def _sharded_alike(owner: nn.Module, name: str) -> Tensor:
+    """The prior, cut as its weight is; one that came whole, as by loading a state, is replaced by this process's part."""
+    weight, prior = getattr(owner, name), getattr(owner, name + SUFFIX)
+    if is_sharded(prior) or not is_sharded(weight):
+        return prior
+    from torch.distributed.tensor import distribute_tensor
+
+    prior = distribute_tensor(prior, weight.device_mesh, weight.placements, src_data_rank=None)
+    setattr(owner, name + SUFFIX, prior)
+    return prior
 
 
 def decay_toward(
@@ -130,9 +146,15 @@ def decay_toward(
         >>> weight
         tensor([1.7500])
     """
+    weights, priors = [_own_part(one) for one in weights], [_own_part(one) for one in priors]
     if refused is None and not isinstance(share, Tensor):
         torch._foreach_lerp_(weights, priors, share)  # pyright: ignore[reportPrivateImportUsage]
         return
     for weight, prior in zip(weights, priors, strict=True):
         taken = 1.0 if refused is None else (refused == 0).to(weight)
         weight.lerp_(prior, torch.as_tensor(share * taken, dtype=weight.dtype, device=weight.device))
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: a view, which in-place operations write to."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]

@@ -21,6 +21,7 @@ from tameformer.finetune.places import PlaceOf, num_layers, places
 from tameformer.models import Decoder, Encoder, EncoderDecoder, MaskedLanguageModel, TextClassifier, VisionClassifier
 from tameformer.models.initialize import gpt2_init, vit_init, xavier_init
 from tameformer.nn.pooling import AttentionPooling
+from tameformer.stabilizers.sigma_weight import is_sharded
 
 logger = logging.getLogger(__name__)
 Fresh = Callable[[nn.Module], nn.Module]
@@ -55,7 +56,7 @@ def reinit_top(
 
     Raises:
         ValueError: The model has fewer layers, or parameters that nobody knows how to draw.
-        PatchError: One of the layers is patched already.
+        PatchError: One of the layers is patched already, or sharded.
 
     Example:
         >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
@@ -71,6 +72,8 @@ def reinit_top(
     for name, owner in owners.items():
         if isinstance(owner, parametrize.ParametrizationList) or parametrize.is_parametrized(owner):
             raise PatchError(f"{name} is part of a patch; remove it, re-initialize, and patch then")
+        if is_sharded(owner.get_parameter(name.rpartition(".")[2])):
+            raise PatchError(f"{name} is sharded over processes; re-initialize first, then shard")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         twin = (fresh or _fresh)(model)
