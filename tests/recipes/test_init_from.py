@@ -68,6 +68,31 @@ def test_a_resumed_run_needs_the_first_no_more(pretrained, tmp_path):
         tame.train("vit-digits", overrides={**values, "init_from": "other", "output_dir": str(cut)}, resume="auto")
 
 
+FINETUNE = {"finetune.layer_decay": 0.5, "finetune.mixout": 0.5, "finetune.prior_decay": 0.1}
+
+
+def test_the_keys_of_finetune_are_those_of_texts(pretrained, tmp_path):
+    values = {**SMALL, **FINETUNE, "init_from": str(pretrained), "max_steps": 4, "checkpoint.every": 2}
+    tame.train("vit-digits", overrides={**values, "output_dir": str(tmp_path / "whole")})
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole", cut)
+    shutil.rmtree(cut / "checkpoints" / "step-000004")
+    tame.train("vit-digits", overrides={**values, "output_dir": str(cut)}, resume="auto")
+    first, second = (load_checkpoint(one / "checkpoints/step-000004").model for one in (cut, tmp_path / "whole"))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    tame.export(pretrained, tmp_path / "given")
+    tame.export(tmp_path / "whole", tmp_path / "out", weights="raw")
+    given, out = load(tmp_path / "given").state_dict(), load(tmp_path / "out").state_dict()
+    name = "stack.layers.0.feed_forward.branch.up"
+    assert torch.equal(second[f"{name}.parametrizations.weight.0.target"], given[f"{name}.weight"])
+    assert torch.equal(second[f"{name}.bias_prior"], given[f"{name}.bias"])
+    assert given.keys() == out.keys()
+    assert not torch.equal(given[f"{name}.weight"], out[f"{name}.weight"])
+    recipe = catalogue.resolve("vit-digits", values)
+    groups = recipe.build(recipe.config, tmp_path / "none").optimizers[0].param_groups
+    assert len({group["lr"] for group in groups}) == 3  # head, layer, stem
+
+
 def test_what_does_not_fit_is_refused_and_named(pretrained, tmp_path):
     with pytest.raises(ConfigError, match=r"num_heads is 2 there and 4 here.*give --model.num_heads 2"):
         fresh(tmp_path, init_from=str(pretrained), **{"model.num_heads": 4})

@@ -23,7 +23,7 @@ from tameformer.recipes.config import RecipeConfig
 from tameformer.recipes.stabilize import PROFILE, apply_methods
 from tameformer.record import CHECKPOINTS
 from tameformer.stabilizers.shortcut_profile import Masks, real_tokens
-from tameformer.training import CheckpointFolder, Run
+from tameformer.training import Run
 from tameformer.training.run import Evaluation
 from tameformer.training.step import Batch, Loss
 
@@ -61,7 +61,6 @@ def assemble(
     num_workers: int = 0,
     artifacts: Mapping[str, str] | None = None,
     mask: Callable[[Batch], Masks] = real_tokens,
-    initialize: Callable[[nn.Module], object] | None = None,
     trivial_loss: float | None = None,
 ) -> Run:
     """A run from a task's parts.
@@ -80,8 +79,6 @@ def assemble(
         num_workers: Processes that prepare batches ahead.
         artifacts: Text files for the run folder.
         mask: From a batch to True at real tokens, by side, for methods that profile the model.
-        initialize: Gives a fresh model other weights, such as those of another run (`init_from`), before any method; left out
-            once the run folder holds a checkpoint, which has them.
         trivial_loss: That of predicting frequencies only (`tameformer.health.prior_loss`), against which a stall is told.
 
     Raises:
@@ -101,8 +98,6 @@ def assemble(
     kept: dict[str, Any] = {}
     if isinstance(model, Architecture):
         kept[ARCHITECTURE], model = model.to_plain(), seeded(config.seed, model.build)
-    if initialize is not None and not (folder is not None and CheckpointFolder(folder).steps()):
-        initialize(model)
     batches = partial(stream, source, plan, accumulation=config.gradient_accumulation_steps)
     try:  # before the optimizers exist, so that new parameters reach them
         _, loss, profiled = apply_methods(

@@ -4,8 +4,9 @@ What is handed over is checked, not guessed: settings that no shape shows, such 
 every weight of the new model must be there, but for the parts that the new task starts afresh.
 """
 
+import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 from tameformer.errors import CheckpointError, ConfigError
+from tameformer.models import Architecture
+from tameformer.recipes.assemble import ARCHITECTURE, seeded
 from tameformer.recipes.export import plain_model
 from tameformer.training.checkpoint import model_tensors
 
@@ -20,9 +23,17 @@ logger = logging.getLogger(__name__)
 _MAY_DIFFER = {"dropout", "attention_dropout", "drop_path", "pooling", "tie_embeddings", "head_dropout"}
 
 
-def init_from(path: str | None, config: Any, *, fresh: Sequence[str]) -> Callable[[nn.Module], list[str]] | None:
-    """What gives a fresh model the weights of another, see `take_weights`; None where there is no path."""
-    return None if path is None else lambda model: take_weights(model, config, path, fresh=fresh)
+def begun(
+    architecture: Architecture, seed: int, path: str | None, *, fresh: Sequence[str], starts: bool
+) -> tuple[nn.Module, dict[str, str]]:
+    """A model with its first weights, for recipes that change it before `assemble`; and what the run folder keeps of it.
+
+    `starts` is False where a checkpoint will bring the weights.
+    """
+    model = seeded(seed, architecture.build)
+    if path is not None and starts:
+        take_weights(model, architecture.config, path, fresh=fresh)
+    return model, {ARCHITECTURE: json.dumps(architecture.to_plain(), indent=1) + "\n"}
 
 
 def take_weights(model: nn.Module, config: Any, path: str, *, fresh: Sequence[str]) -> list[str]:

@@ -4,7 +4,6 @@ The defaults of the recipe are those of Mosbach et al. 2021, arXiv:2006.04884: b
 20 epochs, several evaluations an epoch, the best checkpoint kept.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,12 +23,12 @@ from tameformer.data.length_buckets import LengthBuckets
 from tameformer.data.tokenizers import SPECIAL_TOKENS, BPETokenizer, train_bpe
 from tameformer.errors import CheckpointError, ConfigError
 from tameformer.models import Architecture, ConvolutionalTextConfig, RecurrentTextConfig, TextClassifierConfig
-from tameformer.recipes.assemble import ARCHITECTURE, assemble, num_steps, require_path, seeded
+from tameformer.recipes.assemble import assemble, num_steps, require_path, seeded
 from tameformer.recipes.config import RecipeConfig
 from tameformer.recipes.curriculum import CurriculumConfig, with_curriculum
 from tameformer.recipes.finetune import FinetuneConfig, finish, prepare
 from tameformer.recipes.hugging_face import describe, empty_model, is_kept
-from tameformer.recipes.init_from import take_weights
+from tameformer.recipes.init_from import begun
 from tameformer.recipes.pretrained import is_ours, load_pretrained, load_tokenizer
 from tameformer.training import CheckpointFolder, Engine, Run
 from tameformer.training.step import Batch
@@ -247,10 +246,10 @@ def _ours(config: Config, folder: Path, rows: Sequence[LabelledText], num_classe
     else:
         tokenizer = BPETokenizer.load(kept)
     told = {"vocab_size": tokenizer.vocab_size, "num_classes": num_classes}
-    architecture = Architecture.of(config.model, **told)
-    model = seeded(config.seed, architecture.build)
-    if config.init_from is not None and starts:
-        take_weights(model, config.model, config.init_from, fresh=("head.", "pooling.", "mix."))
+    fresh = ("head.", "pooling.", "mix.")
+    model, artifacts = begun(
+        Architecture.of(config.model, **told), config.seed, config.init_from, fresh=fresh, starts=starts
+    )
 
     def tokenized(rows: Sequence[LabelledText]) -> TokenizedTexts:
         firsts = tokenizer.encode_batch([row.text for row in rows])
@@ -267,10 +266,9 @@ def _ours(config: Config, folder: Path, rows: Sequence[LabelledText], num_classe
         ]
         return TokenizedTexts(tokens, np.array([row.label for row in rows]), tokenizer.padding_id)
 
-    plain = json.dumps(architecture.to_plain(), indent=1) + "\n"
     specials = (tokenizer.padding_id, tokenizer.begin_id, tokenizer.end_id)
     mask = tokenizer.special_id(MASK) if config.data.token_dropout else None
-    return model, tokenized, _call_ours, {TOKENIZER: tokenizer.to_json(), ARCHITECTURE: plain}, Marks(mask, specials)
+    return model, tokenized, _call_ours, {TOKENIZER: tokenizer.to_json(), **artifacts}, Marks(mask, specials)
 
 
 def _hugging_face(config: Config, folder: Path, rows: Sequence[LabelledText], num_classes: int, starts: bool) -> Parts:

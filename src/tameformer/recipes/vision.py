@@ -38,8 +38,9 @@ from tameformer.health import prior_loss
 from tameformer.models import Architecture, ConvolutionalConfig, VisionConfig
 from tameformer.recipes.assemble import assemble, require_path
 from tameformer.recipes.config import RecipeConfig
-from tameformer.recipes.init_from import init_from
-from tameformer.training import Engine, Run, mean_metrics
+from tameformer.recipes.finetune import FinetuneConfig, finish, prepare
+from tameformer.recipes.init_from import begun
+from tameformer.training import CheckpointFolder, Engine, Run, mean_metrics
 from tameformer.training.step import Batch
 
 PREPROCESSING = "preprocessing.json"
@@ -107,6 +108,8 @@ class Config(RecipeConfig):
     """The classifier."""
     init_from: str | None = None
     """Run folder, checkpoint or exported folder whose weights the model starts from, all but the head; null starts fresh."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """What is done to pre-trained weights."""
     label_smoothing: float = 0.0
     """Probability mass of a label that is spread over all classes."""
     num_train_epochs: int | None = 20
@@ -129,10 +132,19 @@ def build(config: Config, folder: Path) -> Run:
     mixed = data.mixup_alpha or data.cutmix_alpha
     source = MixedSource(train, mixup_alpha=data.mixup_alpha, cutmix_alpha=data.cutmix_alpha) if mixed else train
     channels, *sides = train.image_shape
-    return assemble(
+    starts = not CheckpointFolder(folder).steps()
+    model, artifacts = begun(
+        Architecture.of(config.model, num_classes=train.num_classes, image_size=tuple(sides), channels=channels),
+        config.seed,
+        config.init_from,
+        fresh=("head.", "pooling."),
+        starts=starts,
+    )
+    prepare(model, config.finetune, seed=config.seed, starts=starts)
+    run = assemble(
         config,
         folder=folder,
-        model=Architecture.of(config.model, num_classes=train.num_classes, image_size=tuple(sides), channels=channels),
+        model=model,
         source=source,
         plan=ShuffledBatches(len(train), data.batch_size, seed=config.order_seed),
         loss=partial(classification_loss, label_smoothing=config.label_smoothing),
@@ -142,9 +154,9 @@ def build(config: Config, folder: Path) -> Run:
         trivial_loss=prior_loss(
             np.bincount(train.labels, minlength=train.num_classes).tolist(), label_smoothing=config.label_smoothing
         ),
-        artifacts={PREPROCESSING: json.dumps(preprocessing(train), indent=1) + "\n"},
-        initialize=init_from(config.init_from, config.model, fresh=("head.", "pooling.")),
+        artifacts={PREPROCESSING: json.dumps(preprocessing(train), indent=1) + "\n", **artifacts},
     )
+    return finish(run, config.finetune)
 
 
 def preprocessing(source: ImageSource) -> dict[str, Any]:
