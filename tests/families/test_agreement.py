@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tameformer.nn.attention import MultiHeadAttention
 from tameformer.probes import AttentionEntropy, Watch, default_probes
 from tameformer.probes.exact_attention_entropy import ExactAttentionEntropy
+from zoo import FAMILIES, main_output
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "self": ("attentions", "encoder_attentions"),
@@ -178,7 +179,7 @@ PROJECTIONS = ("out", "out_lin", "out_proj", "o_proj", "o", "c_proj")
 """What the projection behind the heads is called."""
 
 
-def stream_reference(family, model, inputs, main_output):
+def stream_reference(family, model, inputs):
     """By key what is to be read of the residual stream, from hooks on the modules that the family names."""
     inside, outside = {}, {}
     names = {module: name for name, module in model.named_modules()}
@@ -221,7 +222,7 @@ def stream_reference(family, model, inputs, main_output):
     return values
 
 
-def test_stream_heads_and_logits_are_those_of_the_modules(family, output_of):
+def test_stream_heads_and_logits_are_those_of_the_modules(family):
     model = family.model().eval()
     probes = default_probes(model)
     for probe in probes:
@@ -229,7 +230,7 @@ def test_stream_heads_and_logits_are_those_of_the_modules(family, output_of):
             vars(probe)["sequences"] = None  # all tokens
     values = reading(model, family.inputs(), probes)
     with torch.no_grad():
-        references = stream_reference(family, copy.deepcopy(model).double(), doubled(family.inputs()), output_of)
+        references = stream_reference(family, copy.deepcopy(model).double(), doubled(family.inputs()))
     by_torch = family.name.startswith("torch") or "" in family.attention
     assert by_torch or {key for key in references if "head_output" in key} == {k for k in values if "head_output" in k}
     for key, reference in references.items():
@@ -239,14 +240,14 @@ def test_stream_heads_and_logits_are_those_of_the_modules(family, output_of):
 @pytest.mark.parametrize(
     "name", ["torch-decoder", "torch-attention-separate", "decoder", "vision", "gpt2-sdpa", "t5-eager"]
 )
-def test_weights_gradients_and_updates(families, name, output_of):
-    family = families[name]
+def test_weights_gradients_and_updates(name):
+    family = FAMILIES[name]
     model = family.model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-6)
     watch = Watch(model, [(probe, 1) for probe in default_probes(model, [optimizer])], optimizers=[optimizer])
     before = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
     with watch.watching(1):
-        output_of(model(**family.inputs())).square().mean().backward()
+        main_output(model(**family.inputs())).square().mean().backward()
         optimizer.step()
     values = watch.read()
     squares, counts = {}, {}

@@ -10,6 +10,7 @@ from tameformer.patch import Observation, Observer
 from tameformer.patch.adapters import branches
 from tameformer.probes import Watch, default_probes
 from tameformer.stabilizers import qk_clip, qk_clip_state, qk_norm, soft_cap
+from zoo import FAMILIES, main_output, run_steps, traces
 
 KNOWN = ["torch-encoder-post", "torch-encoder-pre-causal", "torch-decoder", "torch-transformer"]
 KNOWN += ["encoder-pre", "encoder-post", "encoder-peri", "encoder-none", "decoder", "encoder-decoder", "vision"]
@@ -27,16 +28,16 @@ class Calls(Observer):
         self.seen.setdefault(call.layer, call)
 
 
-def run(model, inputs, mode, output_of, observers=()):
+def run(model, inputs, mode, observers=()):
     model.train(mode == "train")
     torch.manual_seed(1)
     with torch.set_grad_enabled(mode != "no_grad"), Observation(model, observers, sequences=None).watching():
-        return output_of(model(**inputs))
+        return main_output(model(**inputs))
 
 
-def calls_of(model, inputs, mode, output_of):
+def calls_of(model, inputs, mode):
     calls = Calls()
-    run(model, inputs, mode, output_of, [calls])
+    run(model, inputs, mode, [calls])
     return calls.seen
 
 
@@ -46,10 +47,10 @@ def attentions(model):
 
 @pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.parametrize("mode", MODES)
-def test_normalized_queries_and_keys_have_one_length_in_every_call(families, name, mode, output_of):
-    model, inputs = families[name].model(), families[name].inputs()
+def test_normalized_queries_and_keys_have_one_length_in_every_call(name, mode):
+    model, inputs = FAMILIES[name].model(), FAMILIES[name].inputs()
     handle = qk_norm(model)
-    seen = calls_of(model, inputs, mode, output_of)
+    seen = calls_of(model, inputs, mode)
     assert set(handle.names) == set(seen)
     for attention in attentions(model):
         call, width = seen[attention.name], attention.head_dim
@@ -63,18 +64,18 @@ def test_normalized_queries_and_keys_have_one_length_in_every_call(families, nam
 
 
 @pytest.mark.parametrize("name", [*KNOWN, *(f"{name}-eager" for name in HUGGING_FACE)])
-def test_the_size_of_projections_before_norms_does_not_matter(families, name, output_of):
-    model, inputs = families[name].model(), families[name].inputs()
+def test_the_size_of_projections_before_norms_does_not_matter(name):
+    model, inputs = FAMILIES[name].model(), FAMILIES[name].inputs()
     qk_norm(model)
     with torch.no_grad():
         for attention in attentions(model):  # eps takes nothing of long ones
             for matrix in (attention.query, attention.key):
                 enlarge(matrix, 1e2)
-    plain = run(model, inputs, "eval", output_of)
+    plain = run(model, inputs, "eval")
     with torch.no_grad():
         for attention in attentions(model):
             enlarge(attention.query, 1e3)
-    torch.testing.assert_close(run(model, inputs, "eval", output_of), plain, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(run(model, inputs, "eval"), plain, rtol=1e-4, atol=1e-4)
 
 
 def enlarge(matrix, factor):
@@ -85,12 +86,12 @@ def enlarge(matrix, factor):
 
 @pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.parametrize("mode", MODES)
-def test_capped_logits_are_those_of_the_queries_and_keys(families, name, mode, output_of):
+def test_capped_logits_are_those_of_the_queries_and_keys(name, mode):
     """The first attention of a model, whose input capping does not change, against its own call without a cap."""
-    model, inputs = families[name].model(), families[name].inputs()
-    first = next(iter(calls_of(model, inputs, mode, output_of).values()))
+    model, inputs = FAMILIES[name].model(), FAMILIES[name].inputs()
+    first = next(iter(calls_of(model, inputs, mode).values()))
     soft_cap(model, cap=0.1)
-    seen = calls_of(model, inputs, mode, output_of)
+    seen = calls_of(model, inputs, mode)
     assert {attention.name for attention in attentions(model)} == set(seen)
     capped = seen[first.layer].logits
     query, key = first.query.double(), first.key.double()
@@ -108,29 +109,29 @@ def test_capped_logits_are_those_of_the_queries_and_keys(families, name, mode, o
 
 @pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.parametrize("mode", MODES)
-def test_without_their_effect_opened_models_give_the_same(families, name, mode, output_of):
+def test_without_their_effect_opened_models_give_the_same(name, mode):
     """With clipping the outputs are the model's; with a cap out of reach, too."""
-    model, inputs = families[name].model(), families[name].inputs()
-    plain = run(model, inputs, mode, output_of)
+    model, inputs = FAMILIES[name].model(), FAMILIES[name].inputs()
+    plain = run(model, inputs, mode)
     with qk_clip(model):
-        torch.testing.assert_close(run(model, inputs, mode, output_of), plain, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(run(model, inputs, mode), plain, rtol=1e-5, atol=1e-5)
     with soft_cap(model, cap=1e6):
-        found = run(model, inputs, mode, output_of)
+        found = run(model, inputs, mode)
     if mode != "train":  # torch's kernels draw dropout in their own order
         torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)
-    assert torch.equal(run(model, inputs, mode, output_of), plain)
+    assert torch.equal(run(model, inputs, mode), plain)
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_clipping_brings_every_attention_to_the_threshold_or_below(families, name, output_of):
+def test_clipping_brings_every_attention_to_the_threshold_or_below(name):
     """One after the other, since each reads what those before it give, from the same random numbers in each pass."""
-    model, inputs = families[name].model(), families[name].inputs()
+    model, inputs = FAMILIES[name].model(), FAMILIES[name].inputs()
     handle = qk_clip(model, threshold=0.05)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     found = []
     for _ in range(2 + len(handle.names)):
         torch.manual_seed(1)
-        output_of(model(**inputs))
+        main_output(model(**inputs))
         optimizer.step()
         state = qk_clip_state(model)
         found.append(torch.cat([heads.largest_logit for heads in state.values()]))
@@ -143,60 +144,60 @@ def test_clipping_brings_every_attention_to_the_threshold_or_below(families, nam
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_removal_leaves_nothing_and_copies_are_independent(families, name, traces_of, output_of):
-    model, inputs = families[name].model(), families[name].inputs()
+def test_removal_leaves_nothing_and_copies_are_independent(name):
+    model, inputs = FAMILIES[name].model(), FAMILIES[name].inputs()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    before, keys = traces_of(model, optimizer), list(model.state_dict())
-    plain = run(model, inputs, "eval", output_of)
+    before, keys = traces(model, optimizer), list(model.state_dict())
+    plain = run(model, inputs, "eval")
     clip = qk_clip(model)
     handles = [soft_cap(model, cap=0.1), qk_norm(model), clip]
-    patched, twin = run(model, inputs, "eval", output_of), copy.deepcopy(model)
+    patched, twin = run(model, inputs, "eval"), copy.deepcopy(model)
     assert (patched - plain).abs().max() > 1e-4
     for handle in handles:
         handle.remove()
-    assert traces_of(model, optimizer) == before
+    assert traces(model, optimizer) == before
     assert list(model.state_dict()) == keys
-    assert torch.equal(run(model, inputs, "eval", output_of), plain)
-    assert torch.equal(run(twin, inputs, "eval", output_of), patched)
+    assert torch.equal(run(model, inputs, "eval"), plain)
+    assert torch.equal(run(twin, inputs, "eval"), patched)
     with torch.no_grad():
         for attention in attentions(twin):
             attention.module.q_norm.weight.zero_()
-    assert not torch.equal(run(twin, inputs, "eval", output_of), patched)
-    assert torch.equal(run(model, inputs, "eval", output_of), plain)
+    assert not torch.equal(run(twin, inputs, "eval"), patched)
+    assert torch.equal(run(model, inputs, "eval"), plain)
 
 
 @pytest.mark.parametrize("name", ["torch-transformer", "decoder", "gpt2-sdpa", "t5-sdpa"])
-def test_a_watched_run_of_a_patched_model_is_the_same_run(families, name, train):
+def test_a_watched_run_of_a_patched_model_is_the_same_run(name):
     runs = []
     for watched in (False, True):
-        model = families[name].model()
+        model = FAMILIES[name].model()
         qk_norm(model)
         soft_cap(model, cap=0.5)
-        runs.append(train(model, families[name].inputs(), watched=watched))
+        runs.append(run_steps(model, FAMILIES[name].inputs(), watched=watched))
     assert runs[0].same_run(runs[1])
     entropies = [key for key in runs[1].readings[2] if "attention_entropy" in key]
     assert len(entropies) >= len(attentions(model))
     assert all(value.isfinite().all() for value in runs[1].readings[2].values())
 
 
-def test_probes_see_all_attention_of_patched_models(families, output_of):
+def test_probes_see_all_attention_of_patched_models():
     for name in KNOWN:
-        model, inputs = families[name].model(), families[name].inputs()
+        model, inputs = FAMILIES[name].model(), FAMILIES[name].inputs()
         plain = Watch(model, [(probe, 1) for probe in default_probes(model, [])])
         with plain.watching(1):
-            output_of(model(**inputs))
+            main_output(model(**inputs))
         expected = [key for key in plain.read() if "attention" in key or "head" in key]
         for patch in (qk_norm, soft_cap, qk_clip):
-            patch(model := families[name].model())
+            patch(model := FAMILIES[name].model())
             watch = Watch(model, [(probe, 1) for probe in default_probes(model, [])])
             with watch.watching(1):
-                output_of(model(**inputs))
+                main_output(model(**inputs))
             assert [key for key in watch.read() if "attention" in key or "head" in key] == expected, (name, patch)
 
 
 @pytest.mark.parametrize("name", [f"{name}-eager" for name in HUGGING_FACE])
-def test_eager_attention_is_refused(families, name):
-    model = families[name].model()
+def test_eager_attention_is_refused(name):
+    model = FAMILIES[name].model()
     for patch in (soft_cap, qk_clip):
         with pytest.raises(PatchError, match=r"is on eager; .* call model\.set_attn_implementation\('sdpa'\)"):
             patch(model)

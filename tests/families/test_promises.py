@@ -17,6 +17,7 @@ from torch import nn
 from tameformer.errors import PatchError
 from tameformer.optim import decay_groups
 from tameformer.stabilizers import METHODS, stabilize
+from zoo import FAMILIES, main_output, traces
 
 POST = ["torch-encoder-post", "torch-decoder", "torch-transformer", "encoder-post"]
 POST += [f"{name}-sdpa" for name in ("bert", "marian")]
@@ -70,14 +71,14 @@ over_every_case = pytest.mark.parametrize(("promise", "name"), CASES)
 
 
 @pytest.fixture
-def output(output_of):
+def output():
     """From a model, its inputs and a mode to its main output, always with the same dropout."""
 
     def run(model, inputs, mode="eval"):
         model.train(mode == "train")
         torch.manual_seed(1)
         with torch.set_grad_enabled(mode != "no_grad"):
-            return output_of(model(**inputs)).detach().clone()
+            return main_output(model(**inputs)).detach().clone()
 
     return run
 
@@ -106,8 +107,8 @@ def test_every_method_is_here():
 
 
 @over_every_case
-def test_outputs_at_the_start_are_unchanged_or_the_method_says_otherwise(families, promise, name, output):
-    model, inputs = families[name].model(), families[name].inputs()
+def test_outputs_at_the_start_are_unchanged_or_the_method_says_otherwise(promise, name, output):
+    model, inputs = FAMILIES[name].model(), FAMILIES[name].inputs()
     before = {mode: output(model, inputs, mode) for mode in promise.modes}
     stabilize(model, promise.method, **promise.settings)
     for mode in promise.modes:
@@ -122,8 +123,8 @@ def test_outputs_at_the_start_are_unchanged_or_the_method_says_otherwise(familie
 
 
 @over_every_case
-def test_what_it_adds_acts_in_every_mode_and_learns(families, promise, name, output):
-    model, inputs = families[name].model(), families[name].inputs()
+def test_what_it_adds_acts_in_every_mode_and_learns(promise, name, output):
+    model, inputs = FAMILIES[name].model(), FAMILIES[name].inputs()
     handle = stabilize(model, promise.method, **promise.settings)
     names = {id(parameter): label for label, parameter in model.named_parameters()}
     assert all(id(parameter) in names for parameter in handle.new_parameters)
@@ -138,17 +139,17 @@ def test_what_it_adds_acts_in_every_mode_and_learns(families, promise, name, out
 
 
 @over_every_case
-def test_removal_gives_back_the_same_parameters_and_leaves_nothing(families, promise, name, output, traces_of):
-    model, inputs = families[name].model(), families[name].inputs()
+def test_removal_gives_back_the_same_parameters_and_leaves_nothing(promise, name, output):
+    model, inputs = FAMILIES[name].model(), FAMILIES[name].inputs()
     reference = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    before = traces_of(model, optimizer), identities(model), list(model.state_dict()), ties_of(model)
+    before = traces(model, optimizer), identities(model), list(model.state_dict()), ties_of(model)
     plain = output(model, inputs)
     handle = stabilize(model, promise.method, **promise.settings)
     output(model, inputs, promise.modes[0])
     moved(handle)
     handle.remove()
-    assert (traces_of(model.train(), optimizer), identities(model), list(model.state_dict()), ties_of(model)) == before
+    assert (traces(model.train(), optimizer), identities(model), list(model.state_dict()), ties_of(model)) == before
     assert [type(module) for module in model.modules()] == [type(module) for module in reference.modules()]
     if not promise.sets_weights:
         kept = reference.state_dict()
@@ -157,10 +158,8 @@ def test_removal_gives_back_the_same_parameters_and_leaves_nothing(families, pro
 
 
 @over_every_case
-def test_baking_keeps_the_outputs_in_an_unpatched_model_that_safetensors_saves(
-    families, promise, name, output, traces_of
-):
-    model, inputs = families[name].model(), families[name].inputs()
+def test_baking_keeps_the_outputs_in_an_unpatched_model_that_safetensors_saves(promise, name, output):
+    model, inputs = FAMILIES[name].model(), FAMILIES[name].inputs()
     keys, objects, ties = list(model.state_dict()), identities(model), ties_of(model)
     kinds = [type(module) for module in model.modules()]
     handle = stabilize(model, promise.method, **promise.settings)
@@ -186,19 +185,19 @@ def test_baking_keeps_the_outputs_in_an_unpatched_model_that_safetensors_saves(
 
 
 @over_every_case
-def test_a_checkpoint_of_a_patched_model_fits_a_freshly_patched_one(families, promise, name, output):
-    model, inputs = families[name].model(seed=0), families[name].inputs()
+def test_a_checkpoint_of_a_patched_model_fits_a_freshly_patched_one(promise, name, output):
+    model, inputs = FAMILIES[name].model(seed=0), FAMILIES[name].inputs()
     handle = stabilize(model, promise.method, **promise.settings)
     moved(handle)
-    fresh = families[name].model(seed=5)
+    fresh = FAMILIES[name].model(seed=5)
     stabilize(fresh, promise.method, **{**promise.settings, **handle.settings})
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(output(fresh, inputs), output(model, inputs))
 
 
 @over_every_case
-def test_new_parameters_reach_the_optimizer_in_one_group_each(families, promise, name):
-    model = families[name].model()
+def test_new_parameters_reach_the_optimizer_in_one_group_each(promise, name):
+    model = FAMILIES[name].model()
     handle = stabilize(model, promise.method, **promise.settings)
     grouped = [id(parameter) for group in decay_groups(model, weight_decay=0.1) for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)
@@ -207,8 +206,8 @@ def test_new_parameters_reach_the_optimizer_in_one_group_each(families, promise,
 
 
 @over_every_case
-def test_ties_hold_while_it_is_on(families, promise, name):
-    model = families[name].model()
+def test_ties_hold_while_it_is_on(promise, name):
+    model = FAMILIES[name].model()
     groups = [[tuple(key.rpartition(".")[::2]) for key in sharing] for sharing in ties_of(model)]
     stabilize(model, promise.method, **promise.settings)
     for (first_owner, first), *others in groups:
@@ -218,7 +217,7 @@ def test_ties_hold_while_it_is_on(families, promise, name):
 
 
 @over_every_case
-def test_nothing_is_left_after_an_exception_midway(families, promise, name, output, traces_of, monkeypatch):
+def test_nothing_is_left_after_an_exception_midway(promise, name, output, monkeypatch):
     def failing_after(steps):
         """Let a change fail right after so many of its steps, each of which ends with the way back being noted."""
         register, noted = ExitStack.callback, []
@@ -234,31 +233,31 @@ def test_nothing_is_left_after_an_exception_midway(families, promise, name, outp
         return noted
 
     noted = failing_after(None)
-    stabilize(families[name].model(), promise.method, **promise.settings)
+    stabilize(FAMILIES[name].model(), promise.method, **promise.settings)
     monkeypatch.undo()
     assert noted or promise.sets_weights
     for steps in sorted({1, (len(noted) + 1) // 2, len(noted)} & {*range(1, len(noted) + 1)}):
-        model, inputs = families[name].model(), families[name].inputs()
+        model, inputs = FAMILIES[name].model(), FAMILIES[name].inputs()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        before, plain = (traces_of(model, optimizer), identities(model), [*model.state_dict()]), output(model, inputs)
+        before, plain = (traces(model, optimizer), identities(model), [*model.state_dict()]), output(model, inputs)
         failing_after(steps)
         with pytest.raises(MemoryError, match=f"after step {steps}"):
             stabilize(model, promise.method, **promise.settings)
         monkeypatch.undo()
-        assert (traces_of(model.train(), optimizer), identities(model), [*model.state_dict()]) == before
+        assert (traces(model.train(), optimizer), identities(model), [*model.state_dict()]) == before
         if not promise.sets_weights:
             assert torch.equal(output(model, inputs), plain)
 
 
 @pytest.mark.parametrize("promise", PROMISES.values(), ids=PROMISES)
-def test_where_it_does_not_fit_it_says_why_and_changes_nothing(families, promise, output, traces_of):
+def test_where_it_does_not_fit_it_says_why_and_changes_nothing(promise, output):
     for name in [name for name in ALL if name not in promise.fits]:
-        model, inputs = families[name].model(), families[name].inputs()
+        model, inputs = FAMILIES[name].model(), FAMILIES[name].inputs()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        before, plain = (traces_of(model, optimizer), identities(model)), output(model, inputs)
+        before, plain = (traces(model, optimizer), identities(model)), output(model, inputs)
         with pytest.raises(PatchError, match=rf"{promise.method} (needs|knows) .*(found|but) .*"):
             stabilize(model, promise.method, **promise.settings)
-        assert (traces_of(model.train(), optimizer), identities(model)) == before
+        assert (traces(model.train(), optimizer), identities(model)) == before
         assert torch.equal(output(model, inputs), plain)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tameformer.probes import Watch, default_probes
+from zoo import FAMILIES, main_output, run_steps
 
 FROM_GRADIENTS = ("grad_norm", "grad_rms_over_epsilon", "update_ratio")
 
@@ -34,10 +35,10 @@ def read_once(model, inputs):
 @pytest.mark.parametrize(
     "name", ["torch-encoder-post", "decoder", "encoder-decoder", "bert-sdpa", "llama-eager", "t5-sdpa"]
 )
-def test_autocast(families, name, train):
-    family = families[name]
+def test_autocast(name):
+    family = FAMILIES[name]
     runs = [
-        train(family.model(), family.inputs(), watched=watched, steps=2, autocast=True) for watched in (False, True)
+        run_steps(family.model(), family.inputs(), watched=watched, steps=2, autocast=True) for watched in (False, True)
     ]
     assert runs[0].same_run(runs[1])
     model = family.model().eval()
@@ -62,15 +63,15 @@ CHECKPOINTED += ["wav2vec2-sdpa"]
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", CHECKPOINTED)
-def test_gradient_checkpointing(families, name, use_reentrant, train):
-    family = families[name]
-    ordinary = train(family.model(), family.inputs(), watched=True, steps=2)
+def test_gradient_checkpointing(name, use_reentrant):
+    family = FAMILIES[name]
+    ordinary = run_steps(family.model(), family.inputs(), watched=True, steps=2)
     runs = []
     for watched in (False, True):
         model = family.model()
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-        runs.append(train(model, family.inputs(), watched=watched, steps=2))
+        runs.append(run_steps(model, family.inputs(), watched=watched, steps=2))
     assert runs[0].same_run(runs[1])
     assert runs[1].unseen == ordinary.unseen
     for step, values in runs[1].readings.items():
@@ -84,9 +85,9 @@ def test_gradient_checkpointing(families, name, use_reentrant, train):
 
 
 @pytest.mark.parametrize("name", ["torch-decoder", "vision", "bart-eager"])
-def test_accumulation_sees_the_first_micro_batch_and_the_whole_gradient(families, name, train, output_of):
-    family = families[name]
-    runs = [train(family.model(), family.inputs(), watched=watched, micro_batches=2) for watched in (False, True)]
+def test_accumulation_sees_the_first_micro_batch_and_the_whole_gradient(name):
+    family = FAMILIES[name]
+    runs = [run_steps(family.model(), family.inputs(), watched=watched, micro_batches=2) for watched in (False, True)]
     assert runs[0].same_run(runs[1])
     assert list(runs[1].readings) == [2, 4]
 
@@ -97,7 +98,7 @@ def test_accumulation_sees_the_first_micro_batch_and_the_whole_gradient(families
     watch = Watch(model, [(p, 1) for p in default_probes(model, [optimizer])], optimizers=[optimizer])
     with watch.watching(1):
         for inputs in (first, second):
-            (output_of(model(**inputs))[:1].square().mean() / 2).backward()
+            (main_output(model(**inputs))[:1].square().mean() / 2).backward()
         squares = {
             name: float(p.grad.double().square().sum()) for name, p in model.named_parameters() if p.grad is not None
         }
@@ -117,8 +118,8 @@ def test_accumulation_sees_the_first_micro_batch_and_the_whole_gradient(families
 @pytest.mark.compile
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("name", ["torch-attention", "gpt2-sdpa"])
-def test_compiled_models_stay_compiled(families, name, in_place, train):
-    family = families[name]
+def test_compiled_models_stay_compiled(name, in_place):
+    family = FAMILIES[name]
     compiled, ran = [], []
 
     def backend(graph, inputs):
@@ -140,12 +141,12 @@ def test_compiled_models_stay_compiled(families, name, in_place, train):
             model.compile(backend=backend)
         else:
             model = torch.compile(model, backend=backend)
-        runs.append((train(model, family.inputs(), watched=watched, steps=5), len(compiled), len(ran)))
+        runs.append((run_steps(model, family.inputs(), watched=watched, steps=5), len(compiled), len(ran)))
     (plain, graphs, calls), (seen, graphs_watched, calls_watched) = runs
     assert plain.same_run(seen)
     assert graphs_watched == graphs > 0  # nothing was compiled again after a watched step
     assert calls == 5 * calls_watched / 3  # steps 1, 3 and 5 ran compiled, the watched 2 and 4 did not
-    ordinary = train(family.model(), family.inputs(), watched=True, steps=5)
+    ordinary = run_steps(family.model(), family.inputs(), watched=True, steps=5)
     assert seen.unseen == ordinary.unseen
     for step, values in seen.readings.items():
         assert values.keys() == ordinary.readings[step].keys()
@@ -177,7 +178,7 @@ def two_processes(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", DISTRIBUTED)
-def test_two_processes(families, two_processes, name, kind):
+def test_two_processes(two_processes, name, kind):
     watching, other = two_processes(name, kind)
     assert watching["same"]
     assert other["same"]
@@ -187,7 +188,7 @@ def test_two_processes(families, two_processes, name, kind):
     assert set(values) <= set(single)  # names are those of the model without its wrapper
     if kind == "ddp":
         assert not untold
-        assert tuple(unseen) == families[name].unseen
+        assert tuple(unseen) == FAMILIES[name].unseen
     else:
         assert {quantity(key) for key in untold} == {
             "spectral_norm",

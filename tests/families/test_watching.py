@@ -8,6 +8,7 @@ from torch.nn.modules.conv import _ConvNd
 from tameformer.nn.embedding import TokenEmbedding
 from tameformer.nn.positions import LearnedPositions
 from tameformer.probes import Probe, Watch, default_probes
+from zoo import FAMILIES, main_output, run_steps, traces
 
 PER_HEAD = ("attention_entropy", "attention_entropy_error", "attention_entropy_min", "attention_entropy_bound")
 PER_HEAD += ("attention_logit_max", "head_output")
@@ -46,10 +47,10 @@ def expected(family, model):
     return keys
 
 
-def test_a_watched_run_is_the_same_run_and_everything_is_seen(family, train):
-    plain = train(family.model(), family.inputs(), watched=False)
+def test_a_watched_run_is_the_same_run_and_everything_is_seen(family):
+    plain = run_steps(family.model(), family.inputs(), watched=False)
     model = family.model()
-    watched = train(model, family.inputs(), watched=True)  # which checks that nothing is left on it
+    watched = run_steps(model, family.inputs(), watched=True)  # which checks that nothing is left on it
     assert watched.same_run(plain)
     names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
     assert tuple(line.split(":")[0] for line in watched.unseen) == family.unseen
@@ -92,27 +93,27 @@ EVENTS += ["on_gradients", "on_update"]
 
 @pytest.mark.parametrize("name", ["torch-transformer", "bart-eager"])
 @pytest.mark.parametrize("event", EVENTS)
-def test_nothing_is_left_after_an_exception_in_a_probe(families, name, event, traces_of, output_of):
-    model, inputs = families[name].model(), families[name].inputs()
+def test_nothing_is_left_after_an_exception_in_a_probe(name, event):
+    model, inputs = FAMILIES[name].model(), FAMILIES[name].inputs()
     optimizer = torch.optim.AdamW(model.parameters())
-    before = traces_of(model, optimizer)
+    before = traces(model, optimizer)
     probes = [*default_probes(model, [optimizer]), Bad(event)]
     context = Watch(model, [(probe, 1) for probe in probes], optimizers=[optimizer]).watching(1)
 
     def step():
         context.__enter__()  # as in a loop of statements: nobody closes it after the exception
-        output_of(model(**inputs)).mean().backward()
+        main_output(model(**inputs)).mean().backward()
         optimizer.step()
 
     with pytest.raises(ArithmeticError, match="bad probe"):
         step()
-    assert traces_of(model, optimizer) == before
+    assert traces(model, optimizer) == before
 
 
 @pytest.mark.parametrize("name", ["torch-transformer", "vision", "llama-sdpa", "t5-eager"])
 @pytest.mark.parametrize("as_statements", [False, True])
-def test_nothing_is_left_after_an_exception_in_the_model(families, name, as_statements, traces_of):
-    model, inputs = families[name].model(), families[name].inputs()
+def test_nothing_is_left_after_an_exception_in_the_model(name, as_statements):
+    model, inputs = FAMILIES[name].model(), FAMILIES[name].inputs()
     optimizer = torch.optim.AdamW(model.parameters())
     deepest = list(model.modules())[-1]
 
@@ -120,7 +121,7 @@ def test_nothing_is_left_after_an_exception_in_the_model(families, name, as_stat
         raise RuntimeError("bad model")
 
     failing = deepest.register_forward_pre_hook(fail)
-    before = traces_of(model, optimizer)
+    before = traces(model, optimizer)
     watch = Watch(model, [(p, 1) for p in default_probes(model, [optimizer])], optimizers=[optimizer])
     context = watch.watching(1)
 
@@ -134,7 +135,7 @@ def test_nothing_is_left_after_an_exception_in_the_model(families, name, as_stat
 
     with pytest.raises(RuntimeError, match="bad model"):
         step()
-    assert traces_of(model, optimizer) == before
+    assert traces(model, optimizer) == before
     failing.remove()
 
 
@@ -151,8 +152,8 @@ NON_FINITE += ["bert-eager", "gpt2-sdpa", "llama-eager", "t5-sdpa", "bart-eager"
 
 
 @pytest.mark.parametrize("name", NON_FINITE)
-def test_a_non_finite_value_is_told_and_leaves_the_next_reading_alone(families, name, output_of):
-    family = families[name]
+def test_a_non_finite_value_is_told_and_leaves_the_next_reading_alone(name):
+    family = FAMILIES[name]
     model, inputs = family.model(), family.inputs()
     optimizer = torch.optim.AdamW(model.parameters())
     watch = Watch(model, [(p, 1) for p in default_probes(model, [optimizer])], optimizers=[optimizer])
@@ -170,7 +171,7 @@ def test_a_non_finite_value_is_told_and_leaves_the_next_reading_alone(families, 
                 broken.view(-1)[0] = entry
         torch.manual_seed(1)
         with watch.watching(step):
-            output_of(model(**inputs)).float().square().mean().backward()
+            main_output(model(**inputs)).float().square().mean().backward()
             optimizer.step()
         readings.append({key: value.clone() for key, value in watch.read().items()})
     first, bad, after = readings

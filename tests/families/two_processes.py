@@ -3,7 +3,6 @@
 `python two_processes.py RANK FOLDER NAME...`: called by `test_settings.py`.
 """
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -16,11 +15,8 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("conftest.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    families = sys.modules["families"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(families)
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+    from zoo import FAMILIES, run_steps
 
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -34,17 +30,16 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
 
     wrap = {"ddp": lambda model, family: DistributedDataParallel(model), "fsdp": sharded}
     for name in names:
-        family = families.FAMILIES[name]
+        family = FAMILIES[name]
         inputs = family.inputs()
         half = {key: value[rank : rank + 1] for key, value in inputs.items()}
         # Without dropout, and with the same batch in both processes, the mean gradient is that of a single one.
-        single = families.run_steps(family.model().eval(), inputs, watched=True, steps=2)
+        single = run_steps(family.model().eval(), inputs, watched=True, steps=2)
         for kind, wrapped in wrap.items():
             dropout = [
-                families.run_steps(wrapped(family.model(), family), half, watched=watched)
-                for watched in (False, rank == 0)
+                run_steps(wrapped(family.model(), family), half, watched=watched) for watched in (False, rank == 0)
             ]
-            values = families.run_steps(wrapped(family.model().eval(), family), inputs, watched=rank == 0, steps=2)
+            values = run_steps(wrapped(family.model().eval(), family), inputs, watched=rank == 0, steps=2)
             found = {
                 "same": dropout[0].same_run(dropout[1]),
                 "unseen": values.unseen,
