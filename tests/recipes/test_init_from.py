@@ -12,6 +12,7 @@ from tameformer.errors import ConfigError
 from tameformer.recipes import catalogue
 from tameformer.recipes.config import ProbesConfig
 from tameformer.recipes.export import load
+from tameformer.recipes.init_from import take_weights
 from tameformer.recipes.vision import VisionDataConfig, sources
 from tameformer.training.checkpoint import load as load_checkpoint
 
@@ -113,6 +114,20 @@ def test_every_weight_that_does_not_fit_is_named(pretrained, tmp_path):
         ConfigError, match=r"stem\.stages\.0\.weight has shape \(16, 1, 3, 3\) there and \(16, 3, 3, 3\) here"
     ):
         fresh(tmp_path / "none", init_from=str(pretrained), **data)
+
+
+def test_many_that_do_not_fit_are_all_named(pretrained, tmp_path):
+    recipe = catalogue.resolve("vit-digits", SMALL)
+    model = fresh(tmp_path / "none")
+    layer = model.stack.layers[0].feed_forward.branch
+    layer.up, model.added = torch.nn.Linear(16, 24), torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError) as caught:
+        take_weights(model, recipe.config.model, str(pretrained), fresh=("head.",))
+    for part in (
+        "up.weight has shape (64, 16) there and (24, 16) here", "up.bias has shape (64,) there and (24,) here",
+        "added.weight is missing there", "added.bias is missing there",
+    ):  # fmt: skip
+        assert part in str(caught.value)
 
 
 def test_a_few_training_images_are_chosen_by_class_and_seed():

@@ -275,6 +275,16 @@ def test_what_contradicts_itself_is_refused(values, message, data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_label_that_training_does_not_know_is_named_by_its_line(data, tmp_path):
+    rows = (data / "validation.jsonl").read_text().splitlines()
+    rows[4] = json.dumps({"sentence": "the day", "label": 2})
+    (tmp_path / "validation.jsonl").write_text("\n".join(rows) + "\n")
+    values = classifier(data, tmp_path / "run", **{"data.validation_path": str(tmp_path / "validation.jsonl")})
+    with pytest.raises(DataError, match=r"validation\.jsonl, line 5: label must be a class from 0 below 2, got 2"):
+        train("text-classification", overrides=values)
+    assert not (tmp_path / "run").exists()
+
+
 def test_noise_is_on_the_training_tokens_only_and_resumes_to_the_bit(data, tmp_path):
     noise = {"data.token_dropout": 0.3, "data.token_deletion": 0.2, "data.token_swap": 2}
     values = classifier(data, tmp_path / "straight", max_steps=12, **noise)
