@@ -1,6 +1,7 @@
 """Formal languages as a recipe: learned, judged by length, told to the report, and diagnosed."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,11 +10,14 @@ from torch import nn
 
 import tameformer as tame
 from tameformer.cli.__main__ import main
+from tameformer.data import SampleKeys
 from tameformer.data.formal import Parity
 from tameformer.data.strings import StringSource
 from tameformer.errors import ConfigError
+from tameformer.models import DecoderConfig, UniversalDecoderConfig, ponder_cost, universal_decoder
 from tameformer.recipes.formal import StringsConfig, by_length, judged, string_loss
 from tameformer.recipes.launch import train
+from tameformer.recipes.ponder import with_ponder_cost
 from tameformer.record import RunReader
 from tameformer.report import write_report
 from tameformer.training import Engine
@@ -93,6 +97,36 @@ def test_learns_is_drawn_diagnosed_and_exported(architecture, language, method, 
     assert capsys.readouterr().out
     tame.export(folder, tmp_path / "out")
     assert tame.load(tmp_path / "out")(torch.zeros(1, 4, dtype=torch.long)).isfinite().all()
+
+
+def test_steps_cost_what_they_are_told_to(tmp_path):
+    """The loss is that of the strings and, a target, the weight times the mean steps; a dear step is taken less often."""
+    torch.manual_seed(0)
+    config = UniversalDecoderConfig(dim=16, halting="adaptive", ponder_weight=0.5)
+    model = universal_decoder(config, vocab_size=3)
+    batch = StringSource(Parity(), num_samples=8, min_length=2, max_length=10).fetch(SampleKeys(0, 0, np.arange(8)))
+    cost = with_ponder_cost(string_loss, config)(model, batch) - string_loss(model, batch)
+    assert cost.item() == pytest.approx(0.5 * batch["num_items"] * ponder_cost(model).item(), rel=1e-4)
+    fixed = replace(config, halting="fixed")
+    assert with_ponder_cost(string_loss, fixed) is string_loss
+    assert with_ponder_cost(string_loss, DecoderConfig()) is string_loss
+    steps = []
+    for weight in (0.0, 3.0):
+        changes = {"model.architecture": "universal", "model.halting": "adaptive", "model.ponder_weight": weight}
+        values = {
+            **TINY,
+            **changes,
+            "data.language": "dyck",
+            "max_steps": 40,
+            "output_dir": str(tmp_path / str(weight)),
+        }
+        del values["model.num_layers"]
+        train("formal", overrides=values)
+        tame.export(tmp_path / str(weight), tmp_path / f"out-{weight}")
+        trained = tame.load(tmp_path / f"out-{weight}")
+        trained(batch["tokens"])
+        steps.append(ponder_cost(trained).item())
+    assert steps[1] < steps[0] - 0.05  # but for the cost both runs are the same
 
 
 def test_membership_asks_once_a_string(tmp_path):

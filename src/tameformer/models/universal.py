@@ -37,11 +37,15 @@ class UniversalConfig(StackConfig):
     """Whether all positions take all steps, or each decides."""
     halting_threshold: float = 0.99
     """Sum of halting probabilities at which a position stops; read with adaptive halting only."""
+    ponder_weight: float = 0.01
+    """Weight of the steps that a position takes, on average, in the loss of a recipe; read with adaptive halting only."""
     max_length: int = 256
     """Longest sequence, in tokens."""
 
     def __post_init__(self):
         super().__post_init__()
+        if self.ponder_weight < 0:
+            raise ValueError(f"expected a ponder_weight of at least 0, got {self.ponder_weight}")
         if self.dim % 2:
             raise ValueError(f"expected an even dim for the vectors of the steps, got {self.dim}; make dim even")
 

@@ -18,6 +18,7 @@ from tameformer.health import prior_loss
 from tameformer.models import Architecture, DecoderConfig, RecurrentDecoderConfig, UniversalDecoderConfig
 from tameformer.recipes.assemble import assemble, frequencies, require_path
 from tameformer.recipes.config import RecipeConfig
+from tameformer.recipes.ponder import with_ponder_cost
 from tameformer.training import Engine, Run, mean_metrics
 from tameformer.training.step import Batch
 
@@ -75,7 +76,7 @@ def build(config: Config, folder: Path) -> Run:
         model=Architecture.of(config.model, vocab_size=tokenizer.vocab_size),
         source=train,
         plan=ShuffledBatches(len(train), config.data.batch_size, seed=config.order_seed),
-        loss=language_loss,
+        loss=with_ponder_cost(language_loss, config.model),
         unit="tokens",
         evaluate=partial(
             evaluate,

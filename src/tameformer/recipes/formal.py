@@ -26,6 +26,7 @@ from tameformer.errors import ConfigError
 from tameformer.models import Architecture, DecoderConfig, RecurrentDecoderConfig, UniversalDecoderConfig
 from tameformer.recipes.assemble import assemble
 from tameformer.recipes.config import RecipeConfig
+from tameformer.recipes.ponder import with_ponder_cost
 from tameformer.record import write_figure
 from tameformer.training import Engine, Run
 from tameformer.training.step import Batch
@@ -126,7 +127,7 @@ def build(config: Config, folder: Path) -> Run:
         model=Architecture.of(config.model, vocab_size=len(symbols) + 1),
         source=train,
         plan=ShuffledBatches(len(train), data.batch_size, seed=config.order_seed),
-        loss=string_loss,
+        loss=with_ponder_cost(string_loss, config.model),
         unit="tokens",
         evaluate=partial(
             evaluate, sources=held_out, batch_size=data.eval_batch_size, folder=folder, max_length=data.max_length

@@ -19,6 +19,7 @@ from tameformer.models import Architecture, DecoderConfig, UniversalDecoderConfi
 from tameformer.nn.masks import document_mask
 from tameformer.recipes.assemble import assemble, frequencies, require_path
 from tameformer.recipes.config import RecipeConfig
+from tameformer.recipes.ponder import with_ponder_cost
 from tameformer.training import Engine, Run, mean_metrics
 from tameformer.training.step import Batch
 
@@ -78,7 +79,7 @@ def build(config: Config, folder: Path) -> Run:
         model=Architecture.of(config.model, vocab_size=tokenizer.vocab_size),
         source=train,
         plan=ShuffledBatches(len(train), config.data.batch_size, seed=config.order_seed),
-        loss=packed_loss,
+        loss=with_ponder_cost(packed_loss, config.model),
         unit="tokens",
         evaluate=partial(evaluate, source=held_out, batch_size=config.data.eval_batch_size),
         trivial_loss=prior_loss(frequencies(train, tokenizer.vocab_size).tolist()),
