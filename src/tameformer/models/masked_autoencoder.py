@@ -10,17 +10,15 @@ them; positions are those of the classifier, whichever were chosen.
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tameformer.models.initialize import Initializer, vit_init
-from tameformer.models.parts import PARTS
+from tameformer.models.patch_encoder import PatchEncoder, PatchEncoderParts
 from tameformer.models.stack import Stack, added_positions, layer_stack
-from tameformer.models.vision import VisionConfig
-from tameformer.nn.pooling import Pooling
+from tameformer.models.vision import VisionConfig, image_encoder_parts
 from tameformer.nn.stems import grid_size
 from tameformer.nn.stems.patch import to_patches, to_pixels
-from tameformer.shapes import Images, Stream
+from tameformer.shapes import Float, Images, Int, Stream
 
 Visible = Int[Tensor, "batch visible"]
 Predictions = Float[Tensor, "batch patches pixels"]
@@ -39,38 +37,27 @@ class MaskedAutoencoderConfig(VisionConfig):
     """Attention heads of a layer of the decoder; divides decoder_dim."""
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(PatchEncoder):
     """Predicted pixels of every patch; built by `masked_autoencoder`."""
 
     def __init__(
         self,
-        stem: nn.Module,
-        pooling: Pooling,
-        positions: nn.Module | None,
-        dropout: float,
-        stack: Stack,
+        parts: PatchEncoderParts,
+        config: MaskedAutoencoderConfig,
         *,
-        dim: int,
-        decoder_dim: int,
         decoder_positions: nn.Module | None,
         decoder: Stack,
-        num_pixels: int,
+        channels: int,
         grid: tuple[int, int],
-        patch_size: int,
     ):
-        super().__init__()
-        self.stem = stem
-        self.pooling = pooling
-        self.positions = positions
-        self.dropout = nn.Dropout(dropout)
-        self.stack = stack
-        self.to_decoder = nn.Linear(dim, decoder_dim)
-        self.mask_token = nn.Parameter(torch.zeros(decoder_dim))
+        super().__init__(parts)
+        self.to_decoder = nn.Linear(config.dim, config.decoder_dim)
+        self.mask_token = nn.Parameter(torch.zeros(config.decoder_dim))
         self.decoder_positions = decoder_positions
         self.decoder = decoder
-        self.to_pixels = nn.Linear(decoder_dim, num_pixels)
+        self.to_pixels = nn.Linear(config.decoder_dim, channels * config.patch_size**2)
         self.grid = grid
-        self.patch_size = patch_size
+        self.patch_size = config.patch_size
 
     @property
     def num_patches(self) -> int:
@@ -79,21 +66,15 @@ class MaskedAutoencoder(nn.Module):
 
     def features(self, images: Images) -> Stream:
         """The encoder's outputs at all tokens of whole images, a class token first if there is one."""
-        x = self.pooling.extend(self.stem(images))
-        if self.positions is not None:
-            x = self.positions(x)
-        return self.stack(self.dropout(x))
+        return self._outputs(self._tokens(images))
 
     def encode(self, images: Images, visible: Visible) -> Stream:
         """The encoder's outputs at the visible patches, a class token first if there is one."""
         extra = self.pooling.extra_tokens
-        tokens = self.pooling.extend(self.stem(self.hide(images, visible)))
+        tokens = self._tokens(self.hide(images, visible))
         first = torch.arange(extra, device=visible.device).expand(len(visible), -1)
         places = torch.cat([first, visible + extra], dim=1)
-        x = tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2]))
-        if self.positions is not None:
-            x = self.positions(x, places)
-        return self.stack(self.dropout(x), positions=places)
+        return self._outputs(tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2])), places)
 
     def hide(self, images: Images, visible: Visible) -> Images:
         """The images with 0 at all hidden patches."""
@@ -170,25 +151,18 @@ def masked_autoencoder(
         torch.Size([3, 16, 4])
     """
     rows, columns = grid_size(image_size, config.patch_size)
-    pooling = PARTS["pooling"][config.pooling](config.dim)
-    num_tokens = rows * columns + pooling.extra_tokens
+    parts = image_encoder_parts(config, channels=channels, num_patches=rows * columns)
+    num_tokens = rows * columns + parts.pooling.extra_tokens
     narrow = replace(
         config, dim=config.decoder_dim, num_heads=config.decoder_num_heads, num_kv_heads=None, hidden_dim=None
     )
-    num_pixels = channels * config.patch_size**2
     model = MaskedAutoencoder(
-        PARTS["stem"][config.stem](channels, config.patch_size, config.dim),
-        pooling,
-        added_positions(config, num_tokens),
-        config.dropout,
-        layer_stack(config, num_layers=config.num_layers, max_length=num_tokens),
-        dim=config.dim,
-        decoder_dim=config.decoder_dim,
+        parts,
+        config,
         decoder_positions=added_positions(narrow, num_tokens),
         decoder=layer_stack(narrow, num_layers=config.decoder_num_layers, max_length=num_tokens),
-        num_pixels=num_pixels,
+        channels=channels,
         grid=(rows, columns),
-        patch_size=config.patch_size,
     )
     initialize(model)
     nn.init.normal_(model.mask_token, std=0.02)

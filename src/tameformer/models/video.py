@@ -7,15 +7,14 @@ The convolutional one is the residual network of `models.convolutional` with ker
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.models.convolutional import ConvolutionalClassifier, ConvolutionalConfig
 from tameformer.models.initialize import Initializer, vit_init
-from tameformer.models.parts import PARTS
-from tameformer.models.stack import Stack, StackConfig, added_positions, layer_stack
-from tameformer.nn.pooling import Pooling
+from tameformer.models.patch_encoder import PatchEncoder, PatchEncoderParts, patch_encoder_parts
+from tameformer.models.stack import StackConfig
 from tameformer.nn.stems.tubelet import Films, TubeletStem, tubelet_grid
+from tameformer.shapes import Float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,25 +41,11 @@ class ConvolutionalVideoConfig(ConvolutionalConfig):
     """Channels of each stage; each stage but the first halves every side, and the number of frames."""
 
 
-class VideoClassifier(nn.Module):
+class VideoClassifier(PatchEncoder):
     """Logits of the classes of a film; built by `video_classifier`."""
 
-    def __init__(
-        self,
-        stem: TubeletStem,
-        pooling: Pooling,
-        positions: nn.Module | None,
-        dropout: float,
-        stack: Stack,
-        head: nn.Module,
-        film_shape: tuple[int, int, int],
-    ):
-        super().__init__()
-        self.stem = stem
-        self.pooling = pooling
-        self.positions = positions
-        self.dropout = nn.Dropout(dropout)
-        self.stack = stack
+    def __init__(self, parts: PatchEncoderParts, head: nn.Module, film_shape: tuple[int, int, int]):
+        super().__init__(parts)
         self.head = head
         self.film_shape = film_shape
 
@@ -75,10 +60,7 @@ class VideoClassifier(nn.Module):
                 f"expected films of {self.film_shape} (frames, rows, columns), got {tuple(films.shape[2:])}; cut and resize "
                 "them, or build the model for them"
             )
-        x = self.pooling.extend(self.stem(films))
-        if self.positions is not None:
-            x = self.positions(x)
-        return self.pooling(self.stack(self.dropout(x)), self.head)
+        return self.pooling(self._outputs(self._tokens(films)), self.head)
 
 
 def video_classifier(
@@ -102,17 +84,15 @@ def video_classifier(
         torch.Size([3, 4])
     """
     times, rows, columns = tubelet_grid(num_frames, image_size, config.tubelet_frames, config.patch_size)
-    pooling = PARTS["pooling"][config.pooling](config.dim)
-    num_tokens = times * rows * columns + pooling.extra_tokens
-    model = VideoClassifier(
-        TubeletStem(channels, config.tubelet_frames, config.patch_size, config.dim),
-        pooling,
-        added_positions(config, num_tokens),
-        config.dropout,
-        layer_stack(config, num_layers=config.num_layers, max_length=num_tokens),
-        nn.Linear(config.dim, num_classes),
-        (num_frames, rows * config.patch_size, columns * config.patch_size),
+    parts = patch_encoder_parts(
+        config,
+        lambda: TubeletStem(channels, config.tubelet_frames, config.patch_size, config.dim),
+        pooling=config.pooling,
+        num_layers=config.num_layers,
+        num_patches=times * rows * columns,
     )
+    shape = (num_frames, rows * config.patch_size, columns * config.patch_size)
+    model = VideoClassifier(parts, nn.Linear(config.dim, num_classes), shape)
     initialize(model)
     return model
 

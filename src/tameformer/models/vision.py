@@ -3,15 +3,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.models.initialize import Initializer, vit_init
 from tameformer.models.parts import PARTS
-from tameformer.models.stack import Stack, StackConfig, added_positions, layer_stack
-from tameformer.nn.pooling import Pooling
+from tameformer.models.patch_encoder import PatchEncoder, PatchEncoderParts, patch_encoder_parts
+from tameformer.models.stack import StackConfig
 from tameformer.nn.stems import grid_size
-from tameformer.shapes import Images, Stream
+from tameformer.shapes import Float, Images, Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,25 +27,11 @@ class VisionConfig(StackConfig):
     """How the outputs of all tokens become one classification."""
 
 
-class VisionClassifier(nn.Module):
+class VisionClassifier(PatchEncoder):
     """Logits of the classes of an image; built by `vision_classifier`."""
 
-    def __init__(
-        self,
-        stem: nn.Module,
-        pooling: Pooling,
-        positions: nn.Module | None,
-        dropout: float,
-        stack: Stack,
-        head: nn.Module,
-        image_size: tuple[int, int],
-    ):
-        super().__init__()
-        self.stem = stem
-        self.pooling = pooling
-        self.positions = positions
-        self.dropout = nn.Dropout(dropout)
-        self.stack = stack
+    def __init__(self, parts: PatchEncoderParts, head: nn.Module, image_size: tuple[int, int]):
+        super().__init__(parts)
         self.head = head
         self.image_size = image_size
 
@@ -61,10 +46,7 @@ class VisionClassifier(nn.Module):
                 f"expected images of {self.image_size[0]} x {self.image_size[1]}, got {images.shape[2]} x "
                 f"{images.shape[3]}; resize them or build the model with their image_size"
             )
-        x = self.pooling.extend(self.stem(images))
-        if self.positions is not None:
-            x = self.positions(x)
-        return self.stack(self.dropout(x))
+        return self._outputs(self._tokens(images))
 
     def forward(self, images: Images) -> Float[Tensor, "batch classes"]:
         """Logits of the classes."""
@@ -91,16 +73,21 @@ def vision_classifier(
         torch.Size([3, 10])
     """
     rows, columns = grid_size(image_size, config.patch_size)
-    pooling = PARTS["pooling"][config.pooling](config.dim)
-    num_tokens = rows * columns + pooling.extra_tokens
     model = VisionClassifier(
-        PARTS["stem"][config.stem](channels, config.patch_size, config.dim),
-        pooling,
-        added_positions(config, num_tokens),
-        config.dropout,
-        layer_stack(config, num_layers=config.num_layers, max_length=num_tokens),
+        image_encoder_parts(config, channels=channels, num_patches=rows * columns),
         nn.Linear(config.dim, num_classes),
         (rows * config.patch_size, columns * config.patch_size),
     )
     initialize(model)
     return model
+
+
+def image_encoder_parts(config: VisionConfig, *, channels: int, num_patches: int) -> PatchEncoderParts:
+    """Fresh parts of an encoder of images."""
+    return patch_encoder_parts(
+        config,
+        lambda: PARTS["stem"][config.stem](channels, config.patch_size, config.dim),
+        pooling=config.pooling,
+        num_layers=config.num_layers,
+        num_patches=num_patches,
+    )
