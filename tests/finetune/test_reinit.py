@@ -77,13 +77,39 @@ def test_another_initializer_and_what_needs_one(build):
         def __init__(self):
             super().__init__()
             self.layers = nn.ModuleList(nn.Sequential(nn.Linear(2, 2)) for _ in range(2))
-            self.scale = nn.Parameter(torch.ones(2))
+            self.pool_scale = nn.Parameter(torch.ones(2))
 
-    with pytest.raises(ValueError, match=r"scale: Own has no reset_parameters; give fresh="):
+    with pytest.raises(ValueError, match=r"pool_scale: Own has no reset_parameters; give fresh="):
         reinit_top(Own(), layers=1)
     model = trained(Own())
     reinit_top(model, layers=1, fresh=lambda model: type(model)())
     assert model.layers[1][0].weight.max() < 1 < model.layers[0][0].weight.min()
+
+
+class TimmLike(nn.Module):
+    """The names and the way to start of timm's vision transformer."""
+
+    def __init__(self, knows_how=True):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4)) for _ in range(2)))
+        self.head = nn.Linear(4, 2)
+        if knows_how:
+            self.init_weights = self._init_weights
+
+    def _init_weights(self, mode=""):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.constant_(module.weight, 7.0)
+
+
+@pytest.mark.parametrize("knows_how", [True, False])
+def test_a_model_that_starts_itself_is_asked_and_parts_that_stay_need_no_way(knows_how):
+    model = trained(TimmLike(knows_how))
+    assert reinit_top(model, layers=1) == ("blocks.1.0.weight", "blocks.1.0.bias", "head.weight", "head.bias")
+    assert model.cls_token.min() >= 3.0
+    assert (model.head.weight == 7.0).all() == knows_how
+    assert model.blocks[1][0].bias.abs().max() <= 0.5  # torch's own start
 
 
 def test_too_many_layers_and_patched_ones_are_refused(build):

@@ -47,8 +47,8 @@ def reinit_top(
         layers: How many, from the top; where lists of layers run side by side, that many of each.
         head: Whether also what is after the layers: the last norm, pooler, head.
         seed: Of the new values; the global generator is left as it was.
-        fresh: Builds an untrained model; None knows Hugging Face models, ours, and whatever is made of modules with
-            `reset_parameters`.
+        fresh: Builds an untrained model; None knows Hugging Face models, ours, those with `init_weights()` such as timm's, and
+            whatever is made of modules with `reset_parameters`.
         place_of: Where each parameter is.
 
     Returns:
@@ -76,7 +76,7 @@ def reinit_top(
             raise PatchError(f"{name} is sharded over processes; re-initialize first, then shard")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        twin = (fresh or _fresh)(model)
+        twin = fresh(model) if fresh else _fresh(model, set(owners.values()))
     given, parameters = dict(twin.named_parameters()), dict(model.named_parameters())
     with torch.no_grad():
         for name in chosen:
@@ -88,25 +88,29 @@ def reinit_top(
     return tuple(chosen)
 
 
-def _fresh(model: nn.Module) -> nn.Module:
+def _fresh(model: nn.Module, wanted: set[nn.Module]) -> nn.Module:
+    """An untrained model; of modules that are not wanted the values may stay."""
     if any(parent.__name__ == "PreTrainedModel" for parent in type(model).__mro__):
         known: Any = model
         return type(known)(copy.deepcopy(known.config))
     twin = copy.deepcopy(model).cpu()
+    own: Any = getattr(twin, "init_weights", None)
     for name, module in _bottom_up("", twin):
         reset: Any = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         if reset is not None:
             reset()
         elif isinstance(module, AttentionPooling):
             nn.init.zeros_(module.score)
-        elif not isinstance(model, _OURS) and any(True for _ in module.parameters(recurse=False)):
-            own = ", ".join(f"{name}.{one}".lstrip(".") for one, _ in module.named_parameters(recurse=False))
+        elif not isinstance(model, _OURS) and own is None and model.get_submodule(name) in wanted:
+            told = ", ".join(f"{name}.{one}".lstrip(".") for one, _ in module.named_parameters(recurse=False))
             raise ValueError(
-                f"{own}: {type(module).__name__} has no reset_parameters; give fresh=, which builds an untrained model"
+                f"{told}: {type(module).__name__} has no reset_parameters; give fresh=, which builds an untrained model"
             )
     for kind, initialize in _INITIALIZERS.items():
         if isinstance(twin, kind):
             initialize(twin)
+    if own is not None:
+        own()
     return twin
 
 
