@@ -1,5 +1,6 @@
 """The direction of imports is a test: the house stays one-way."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +40,18 @@ def test_the_library_imports_without_the_optional_packages():
         "import tameformer.recipes.launch, tameformer.recipes.vision, tameformer.recipes.translation"
     )
     assert not loaded & set(_NOT_NEEDED)
+
+
+def test_the_library_works_without_the_package_that_checks_shapes():
+    """Machines for training have torch and its like, and run this from a checkout."""
+    code = """
+import pkgutil, sys
+sys.modules["jaxtyping"] = None
+import tameformer as tame, torch
+for package in pkgutil.iter_modules(tame.__path__, "tameformer."):
+    __import__(package.name)
+query = torch.randn(1, 2, 4, 8, generator=torch.Generator().manual_seed(0))
+print(tame.attention_entropy(query, 0 * query).mean().item())
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert float(answer.stdout) == pytest.approx(math.log(4), abs=1e-6)

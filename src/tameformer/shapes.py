@@ -5,8 +5,22 @@ lengths may differ, else `seq`; `...` for any leading axes. A word with `#` may 
 Layout is `batch heads seq head_dim` inside attention and `batch seq dim` outside.
 """
 
-from jaxtyping import Bool, Float, Int
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
 from torch import Tensor
+
+if TYPE_CHECKING or find_spec("jaxtyping") is not None:
+    from jaxtyping import Bool, Float, Int, Int64, Integer
+else:  # only the tests check shapes: a machine that has torch and no jaxtyping runs the same code
+
+    class _Unchecked:
+        def __class_getitem__(cls, array_and_shape: tuple[Any, str]) -> Any:
+            return array_and_shape[0]
+
+    Bool = Float = Int = Int64 = Integer = _Unchecked
+
+__all__ = ["Bool", "Float", "Images", "Int", "Int64", "Integer", "Mask", "Real", "Stream", "Tokens"]
 
 Stream = Float[Tensor, "batch seq dim"]
 """The residual stream."""

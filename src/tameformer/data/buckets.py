@@ -8,12 +8,12 @@ from bisect import bisect_right
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Int64, Integer
 
 from tameformer.data.keys import SampleKeys
 from tameformer.data.plans import Plan
 from tameformer.data.randomness import permutation, uniforms
 from tameformer.errors import DataError
+from tameformer.shapes import Int64, Integer
 
 
 class TokenBuckets:

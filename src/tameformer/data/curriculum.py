@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Integer
 
 from tameformer.data.keys import SampleKeys
 from tameformer.data.plans import Plan
 from tameformer.data.randomness import generator
 from tameformer.errors import DataError
+from tameformer.shapes import Integer
 
 Competence = Callable[[float], float]
 """From how much of the warm-up is over, 0..1, to the share of the samples that may be drawn, the shortest ones, 0..1."""

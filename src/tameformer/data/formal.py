@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, Int64
+
+from tameformer.shapes import Bool, Float, Int64
 
 Lengths = Int64[np.ndarray, " batch"]
 Strings = Int64[np.ndarray, "batch seq"]

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
 from torch import Tensor
 
 from tameformer.data.augment.tokens import TokenTransform, augment_tokens
 from tameformer.data.keys import SampleKeys
 from tameformer.data.text import read_lines, read_text
 from tameformer.errors import DataError
+from tameformer.shapes import Int64
 
 TEXTS, PAIRS = ("text", "sentence"), (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"))
 """Names of columns that are looked for, in order."""

@@ -1,11 +1,11 @@
 """Batches of one size whose samples are of about the same length, so that little is padding."""
 
 import numpy as np
-from jaxtyping import Int64
 
 from tameformer.data.keys import SampleKeys
 from tameformer.data.plans import ShuffledBatches
 from tameformer.data.randomness import permutation
+from tameformer.shapes import Int64
 
 
 class LengthBuckets(ShuffledBatches):

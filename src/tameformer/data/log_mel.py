@@ -9,8 +9,9 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
+
+from tameformer.shapes import Float
 
 FLOOR = 1e-6
 """Power below which all is silence; full scale is 1."""

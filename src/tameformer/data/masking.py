@@ -6,13 +6,13 @@ Of the tokens, `rate` are chosen; of these, 80 % become the mask, 10 % a random 
 
 import numpy as np
 import torch
-from jaxtyping import Int64, Integer
 from torch import Tensor
 
 from tameformer.data.keys import SampleKeys
 from tameformer.data.randomness import uniforms
 from tameformer.data.windows import IGNORED
 from tameformer.errors import DataError
+from tameformer.shapes import Int64, Integer
 
 MASKED, RANDOM = 0.8, 0.1
 """Shares of the chosen tokens that are masked, and replaced by random ones."""

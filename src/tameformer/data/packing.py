@@ -13,7 +13,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Int64, Integer
 from torch import Tensor
 
 from tameformer.data.keys import SampleKeys
@@ -22,6 +21,7 @@ from tameformer.data.text import num_bytes
 from tameformer.data.tokenizers import BPETokenizer
 from tameformer.data.windows import IGNORED
 from tameformer.errors import DataError
+from tameformer.shapes import Int64, Integer
 
 NO_DOCUMENT = -1
 

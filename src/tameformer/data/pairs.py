@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64, Integer
 from torch import Tensor
 
 from tameformer.data.keys import SampleKeys
@@ -15,6 +14,7 @@ from tameformer.data.text import read_lines
 from tameformer.data.tokenizers import BPETokenizer
 from tameformer.data.windows import IGNORED
 from tameformer.errors import DataError
+from tameformer.shapes import Bool, Int64, Integer
 
 logger = logging.getLogger(__name__)
 

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int64
 from torch import Tensor
 
 from tameformer.data.keys import SampleKeys
 from tameformer.data.randomness import uniforms
 from tameformer.data.stream import Batch, Source
+from tameformer.shapes import Int64
 
 
 def visible_patches(

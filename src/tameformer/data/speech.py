@@ -5,7 +5,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Int64
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -18,6 +17,7 @@ from tameformer.data.tokenizers import CharTokenizer
 from tameformer.data.utterances import Utterances
 from tameformer.data.windows import IGNORED
 from tameformer.errors import DataError
+from tameformer.shapes import Int64
 
 
 @dataclass(frozen=True, eq=False)

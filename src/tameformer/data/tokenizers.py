@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Int64, Integer
 from torch import Tensor
 
 from tameformer.data.text import read_text
 from tameformer.errors import DataError, missing_extra
 from tameformer.record import write_atomically
+from tameformer.shapes import Int64, Integer
 
 logger = logging.getLogger(__name__)
 

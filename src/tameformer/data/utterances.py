@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int64
 
 from tameformer.data.keys import SampleKeys
 from tameformer.data.randomness import uniforms
 from tameformer.data.text import read_lines
 from tameformer.errors import DataError, missing_extra
+from tameformer.shapes import Int64
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 

@@ -6,12 +6,12 @@ once (but for fewer than two windows at the ends), so nothing is left out or see
 
 import numpy as np
 import torch
-from jaxtyping import Integer
 from torch import Tensor
 
 from tameformer.data.keys import SampleKeys
 from tameformer.data.randomness import uniforms
 from tameformer.errors import DataError
+from tameformer.shapes import Integer
 
 IGNORED = -100
 

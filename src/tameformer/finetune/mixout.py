@@ -18,13 +18,13 @@ from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.errors import PatchError
 from tameformer.finetune.prior_decay import SUFFIX
 from tameformer.patch import PatchHandle, Selector, blocks, select
 from tameformer.patch.parametrized import chain_of, parametrize, unparametrize
+from tameformer.shapes import Float
 from tameformer.stabilizers.sigma_weight import is_sharded
 from tameformer.stabilizers.weight_parts import is_transposed, weight_names
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.models.stack import check_choices, check_probabilities
+from tameformer.shapes import Float
 
 Grid = Float[Tensor, "batch channels *grid"]
 """Images or films, channels first."""

@@ -12,12 +12,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.models.stack import check_choices, check_probabilities
 from tameformer.nn.embedding import TokenEmbedding
-from tameformer.shapes import Real, Tokens
+from tameformer.shapes import Float, Real, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)

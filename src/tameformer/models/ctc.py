@@ -9,8 +9,9 @@ import math
 from collections import defaultdict
 
 import numpy as np
-from jaxtyping import Float, Int
 from torch import Tensor
+
+from tameformer.shapes import Float, Int
 
 Logits = Float[Tensor, "batch outputs vocab"]
 Outputs = Int[Tensor, " batch"]

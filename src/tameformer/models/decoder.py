@@ -6,14 +6,13 @@ arXiv:2302.13971.
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.models.initialize import Initializer, gpt2_init
 from tameformer.models.stack import Stack, StackConfig, added_positions, embedding_scale, layer_stack
 from tameformer.nn.attention import StackCache
 from tameformer.nn.embedding import OutputHead, TokenEmbedding
-from tameformer.shapes import Mask, Tokens
+from tameformer.shapes import Float, Mask, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ Source embedding, target embedding and output share one weight (Press and Wolf 2
 
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tameformer.models.initialize import Initializer, xavier_init
@@ -13,6 +12,7 @@ from tameformer.models.stack import Stack, StackConfig, added_positions, layer_s
 from tameformer.nn.attention import StackCache
 from tameformer.nn.embedding import OutputHead, TokenEmbedding
 from tameformer.nn.masks import padding_mask, real_from_tokens
+from tameformer.shapes import Bool, Float, Int
 
 Source = Int[Tensor, "batch source"]
 SourceMask = Bool[Tensor, "batch source"]

@@ -5,11 +5,11 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.models.stack import check_choices, check_probabilities
 from tameformer.nn.graph_attention import Edges, GraphAttention, Nodes
+from tameformer.shapes import Float
 
 
 @dataclass(frozen=True, kw_only=True)

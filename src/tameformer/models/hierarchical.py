@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tameformer.models.initialize import Initializer, gpt2_init
@@ -18,7 +17,7 @@ from tameformer.models.stack import Stack, StackConfig, added_positions, embeddi
 from tameformer.nn.embedding import TokenEmbedding
 from tameformer.nn.masks import padding_mask
 from tameformer.nn.query_pooling import QueryPooling
-from tameformer.shapes import Real, Stream
+from tameformer.shapes import Bool, Float, Int, Real, Stream
 
 Documents = Int[Tensor, "batch sentences words"]
 RealWords = Bool[Tensor, "batch sentences words"]

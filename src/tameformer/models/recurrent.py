@@ -7,13 +7,12 @@ Transformer.
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from tameformer.models.stack import check_choices, check_probabilities
 from tameformer.nn.embedding import OutputHead, TokenEmbedding
-from tameformer.shapes import Real, Stream, Tokens
+from tameformer.shapes import Float, Real, Stream, Tokens
 
 CELLS: dict[str, type[nn.LSTM] | type[nn.GRU]] = {"lstm": nn.LSTM, "gru": nn.GRU}
 

@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.models.parts import PARTS
 from tameformer.models.recurrent import RecurrentConfig, RecurrentEncoder
 from tameformer.nn.embedding import TokenEmbedding
 from tameformer.nn.pooling import Pooling
-from tameformer.shapes import Real, Tokens
+from tameformer.shapes import Float, Real, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.models.encoder_decoder import Memory, Source, SourceMask, Target
@@ -21,7 +20,7 @@ from tameformer.nn.attention.attend import attend, attention_weights
 from tameformer.nn.attention.scores import AdditiveScore
 from tameformer.nn.embedding import TokenEmbedding
 from tameformer.nn.masks import real_from_tokens
-from tameformer.shapes import Tokens
+from tameformer.shapes import Float, Tokens
 
 State = Float[Tensor, "batch dim"]
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tameformer.models.initialize import Initializer, xavier_init
@@ -17,7 +16,7 @@ from tameformer.models.stack import Stack, StackConfig, layer_stack
 from tameformer.nn.embedding import TokenEmbedding
 from tameformer.nn.masks import padding_mask
 from tameformer.nn.pooling import Pooling
-from tameformer.shapes import Real
+from tameformer.shapes import Float, Int, Real
 
 
 @dataclass(frozen=True, kw_only=True)

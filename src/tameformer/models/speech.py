@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tameformer.models.generate import Steps
@@ -22,7 +21,7 @@ from tameformer.nn.attention import StackCache
 from tameformer.nn.embedding import OutputHead, TokenEmbedding
 from tameformer.nn.masks import padding_mask
 from tameformer.nn.stems.frames import STRIDES, FrameStem
-from tameformer.shapes import Real, Stream, Tokens
+from tameformer.shapes import Bool, Float, Int, Real, Stream, Tokens
 
 Features = Float[Tensor, "batch seq mels"]
 Frames = Int[Tensor, " batch"]

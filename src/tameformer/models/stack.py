@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.models.parts import PARTS
 from tameformer.nn.attention import CollaborativeAttention, MultiHeadAttention, StackCache, check_heads
 from tameformer.nn.drop_path import depth_rates
 from tameformer.nn.residual import branch_drop
-from tameformer.shapes import Mask, Stream, Tokens
+from tameformer.shapes import Float, Mask, Stream, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)

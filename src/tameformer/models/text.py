@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tameformer.models.encoder import Encoder, EncoderConfig, encoder
@@ -16,7 +15,7 @@ from tameformer.models.initialize import Initializer, gpt2_init
 from tameformer.models.parts import PARTS
 from tameformer.nn.layer_mix import LayerMix
 from tameformer.nn.pooling import Pooling
-from tameformer.shapes import Real, Tokens
+from tameformer.shapes import Bool, Float, Real, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.models.decoder import Decoder
@@ -22,7 +21,7 @@ from tameformer.nn.attention import StackCache
 from tameformer.nn.embedding import OutputHead, TokenEmbedding
 from tameformer.nn.halting import Halted, Halting
 from tameformer.nn.positions import sinusoidal_table
-from tameformer.shapes import Mask, Real, Stream, Tokens
+from tameformer.shapes import Float, Mask, Real, Stream, Tokens
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,9 @@ nothing, so a state_dict has no tensor twice and can be written as safetensors a
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from tameformer.shapes import Stream, Tokens
+from tameformer.shapes import Float, Stream, Tokens
 
 
 def padded_size(vocab_size: int, multiple: int = 64) -> int:

@@ -6,8 +6,9 @@ the pairs that are no edges: O(edges) time and memory instead of O(nodes²).
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from tameformer.shapes import Float, Int
 
 Nodes = Float[Tensor, "nodes features"]
 Edges = Int[Tensor, "2 edges"]

@@ -1,10 +1,9 @@
 """Adaptive computation time: each position decides after how many steps it has had enough (Graves 2016, arXiv:1603.08983)."""
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tameformer.shapes import Real, Stream
+from tameformer.shapes import Bool, Float, Real, Stream
 
 
 class Halting(nn.Module):

@@ -7,10 +7,9 @@ arXiv:1802.05365.
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from tameformer.shapes import Stream
+from tameformer.shapes import Float, Stream
 
 
 class LayerMix(nn.Module):

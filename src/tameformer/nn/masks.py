@@ -4,10 +4,9 @@ Axes of length 1 broadcast. Masks are combined with `&`. No mask is built where 
 """
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 
-from tameformer.shapes import Real, Tokens
+from tameformer.shapes import Bool, Int, Real, Tokens
 
 
 def causal_mask(

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
+
+from tameformer.shapes import Float
 
 Gather = Callable[[Tensor], Tensor]
 """From this process's rows to the rows of all processes, those of one rank after the other; gradients flow back."""

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tameformer.shapes import Real, Stream
+from tameformer.shapes import Bool, Float, Real, Stream
 
 Head = Callable[[Tensor], Tensor]
 Logits = Float[Tensor, "batch classes"]

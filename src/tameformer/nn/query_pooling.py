@@ -4,12 +4,11 @@ Yang et al. 2016, "Hierarchical Attention Networks for Document Classification",
 """
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.nn.attention.attend import attend, attention_weights
 from tameformer.nn.attention.scores import dot
-from tameformer.shapes import Real, Stream
+from tameformer.shapes import Float, Real, Stream
 
 
 class QueryPooling(nn.Module):

@@ -7,8 +7,9 @@ the sum of exp(logit) over the vocabulary. Its gradient by a logit is 2 * coeffi
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Integer
 from torch import Tensor
+
+from tameformer.shapes import Float, Integer
 
 
 def log_partition_penalty(

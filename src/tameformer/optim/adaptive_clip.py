@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tameformer.optim.clipping import Norms, alike
+from tameformer.shapes import Float
 
 _LEAST = math.log(2)  # chosen here: a norm within twice the usual is no spike, however steady norms were
 

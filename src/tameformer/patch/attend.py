@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tameformer.errors import PatchError
 from tameformer.patch.multi_head import TAPS, check_can_open, multi_head_attention
+from tameformer.shapes import Float
 
 Transform = Callable[[Tensor], Tensor]
 """From scaled dot products (..., query, key), before masks and biases, to what takes their place."""

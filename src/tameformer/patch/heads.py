@@ -11,12 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.errors import PatchError
 from tameformer.patch.adapters import Attention, Branch, Matrix, branches
 from tameformer.patch.handle import PatchHandle
+from tameformer.shapes import Float
 
 Loss = Callable[[nn.Module, Any], Tensor]
 _COUNTS = ("num_heads", "num_attention_heads", "n_heads")

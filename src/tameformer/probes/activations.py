@@ -8,11 +8,11 @@ He et al. 2024, arXiv:2405.19279).
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tameformer.probes.dead_units import spread_rows, stacked
 from tameformer.probes.probe import Probe
+from tameformer.shapes import Float
 
 QUANTITIES = ("activation_rms", "activation_absmax", "activation_kurtosis")
 

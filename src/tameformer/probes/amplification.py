@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from tameformer.shapes import Bool, Float
 
 Direction = Callable[[Sequence[nn.Parameter]], Sequence[Tensor]]
 """The direction that each of the parameters is moved in, of its shape."""

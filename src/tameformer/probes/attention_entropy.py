@@ -9,13 +9,13 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tameformer.nn.attention.entropy import stratified_rows
 from tameformer.nn.attention.entropy_bounds import centred_logit_norm, entropy_lower_bound
 from tameformer.patch import AttentionCall
 from tameformer.probes.probe import Probe
+from tameformer.shapes import Bool, Float, Int
 
 _HIDDEN = -1e30  # finite, so that no difference of infinities comes up
 _BOUND_ROWS = 8

@@ -14,11 +14,11 @@ measured here; the second gives the whole profile from the shares. A perturbatio
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tameformer.probes.dead_units import spread_rows, stacked
 from tameformer.probes.probe import Probe
+from tameformer.shapes import Float
 
 
 class BranchShare(Probe):

@@ -9,10 +9,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tameformer.probes.probe import Probe
+from tameformer.shapes import Float
 
 
 class DeadUnits(Probe):

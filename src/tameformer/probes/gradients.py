@@ -9,12 +9,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tameformer.patch import unwrapped
 from tameformer.probes.probe import Probe
+from tameformer.shapes import Float, Int
 
 
 def joint_norms(norms: Float[Tensor, " tensors"], members: Int[Tensor, "groups most"]) -> Float[Tensor, " groups"]:

@@ -8,11 +8,11 @@ positions is taken out here, and a head that is constant counts as dead.
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tameformer.probes.dead_units import stacked
 from tameformer.probes.probe import Probe
+from tameformer.shapes import Float
 
 
 class HeadOutput(Probe):

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tameformer.probes.dead_units import spread_rows
 from tameformer.probes.probe import Probe
+from tameformer.shapes import Float
 
 
 def find_logits(output: Any) -> Tensor | None:

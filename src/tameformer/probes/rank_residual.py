@@ -10,11 +10,11 @@ does, which is not the best rank-one fit but the one that attention converges to
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tameformer.probes.dead_units import stacked
 from tameformer.probes.probe import Probe
+from tameformer.shapes import Float
 
 
 class RankResidual(Probe):

@@ -9,8 +9,9 @@ Kahan 1965), where the same number of products is worth far more than in a power
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+
+from tameformer.shapes import Float
 
 _EXACT_BELOW = 128
 """Up to this smaller side, a decomposition costs milliseconds."""

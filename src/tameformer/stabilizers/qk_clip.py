@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, distributed, nn
 
 from tameformer.errors import PatchError
@@ -27,6 +26,7 @@ from tameformer.patch.attend import OpenAttention, check_calls_torch, open_atten
 from tameformer.patch.handle import PatchHandle
 from tameformer.patch.parametrized import chain_of
 from tameformer.patch.select import Selector
+from tameformer.shapes import Float, Int
 from tameformer.stabilizers.attention_parts import chosen_attentions
 from tameformer.stabilizers.branch_norms import without_nested_tensors
 from tameformer.stabilizers.branch_scale import weight_owners

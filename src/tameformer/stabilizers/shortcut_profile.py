@@ -13,11 +13,11 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor, nn
 
 from tameformer.errors import NonFiniteError, PatchError
 from tameformer.patch.adapters import Branch, stacks
+from tameformer.shapes import Bool
 from tameformer.stabilizers.shortcut_scale import Stream, hook_sums, scaled_sum
 
 Masks = Mapping[str, Bool[Tensor, "batch seq"]]

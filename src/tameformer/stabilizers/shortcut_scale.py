@@ -13,12 +13,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.errors import PatchError
 from tameformer.patch.adapters import Branch, Tap
 from tameformer.patch.parametrized import chain_of
+from tameformer.shapes import Float
 from tameformer.stabilizers.branch_norms import without_nested_tensors
 from tameformer.stabilizers.branch_scale import ScaledBranches, weight_owners
 

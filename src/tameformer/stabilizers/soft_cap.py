@@ -12,13 +12,13 @@ import math
 from contextlib import ExitStack
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.errors import PatchError
 from tameformer.patch.attend import check_calls_torch, open_attention
 from tameformer.patch.handle import PatchHandle
 from tameformer.patch.select import Selector
+from tameformer.shapes import Float
 from tameformer.stabilizers.attention_parts import chosen_attentions
 from tameformer.stabilizers.branch_norms import without_nested_tensors
 

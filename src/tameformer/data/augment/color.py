@@ -4,8 +4,9 @@ Each takes `images` (batch, channels, height, width) and, where it has a strengt
 """
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+
+from tameformer.shapes import Float
 
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's "L"
 

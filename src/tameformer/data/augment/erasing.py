@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
+
+from tameformer.shapes import Bool, Float
 
 
 def rectangles(

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tameformer.data.augment.color import brightness, contrast, grey, saturation
 from tameformer.data.augment.geometry import warp
+from tameformer.shapes import Float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,13 +11,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import one_hot
 
 from tameformer.data.augment.erasing import rectangles
 from tameformer.data.keys import SampleKeys
 from tameformer.data.randomness import uniforms
+from tameformer.shapes import Float, Int
 
 
 @runtime_checkable

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from tameformer.data.augment import color
 from tameformer.data.augment.geometry import affine_matrix, warp
+from tameformer.shapes import Float, Int
 
 GEOMETRY = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
 """Operations that are affine maps; all images that take one of them are sampled together."""

@@ -6,8 +6,9 @@ Differs from the paper: no time warping, which its authors found to matter least
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
 from torch import Tensor
+
+from tameformer.shapes import Float
 
 
 @dataclass(frozen=True, kw_only=True)

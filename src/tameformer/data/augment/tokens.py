@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tameformer.data.keys import SampleKeys
 from tameformer.data.randomness import uniforms
+from tameformer.shapes import Bool, Float, Int
 
 TokenBatch = tuple[Int[Tensor, "batch seq"], Int[Tensor, " batch"]]
 """Padded tokens, and how many of each row are real."""

@@ -5,11 +5,11 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tameformer.data.keys import SampleKeys
 from tameformer.data.randomness import permutation, uniforms
+from tameformer.shapes import Float
 
 
 @runtime_checkable

@@ -9,11 +9,10 @@ from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tameformer.nn.attention.scores.dot import DotProducts, scaled_dot
-from tameformer.shapes import Mask
+from tameformer.shapes import Bool, Float, Mask
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """From queries (*batch, query, query_dim) and keys (*batch, key, key_dim) to logits (*batch, query, key)."""

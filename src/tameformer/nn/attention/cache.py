@@ -4,8 +4,9 @@ Self-attention appends to its cache at each step. Cross-attention fills its own 
 change, and reads it afterwards.
 """
 
-from jaxtyping import Float, Int
 from torch import Tensor
+
+from tameformer.shapes import Float, Int
 
 
 class AttentionCache:

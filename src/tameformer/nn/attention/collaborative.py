@@ -5,14 +5,13 @@ queries and keys narrower is not here.
 """
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.nn.attention.cache import AttentionCache
 from tameformer.nn.attention.dot_product import DotProductAttention
 from tameformer.nn.attention.multi_head import MultiHeadAttention, check_heads
 from tameformer.nn.masks import causal_mask
-from tameformer.shapes import Mask, Stream, Tokens
+from tameformer.shapes import Float, Mask, Stream, Tokens
 
 
 class CollaborativeAttention(nn.Module):

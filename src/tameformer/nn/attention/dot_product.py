@@ -5,12 +5,11 @@ of any layer without knowing the layer, and another score function is another cl
 """
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.nn.attention.attend import attention_weights, check_one_mask, fused_attention
 from tameformer.nn.attention.scores.dot import DotScore
-from tameformer.shapes import Mask
+from tameformer.shapes import Float, Mask
 
 
 class DotProductAttention(nn.Module):

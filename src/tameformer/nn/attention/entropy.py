@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tameformer.nn.attention.entropy_blocks import HIDDEN_BIAS, entropy_by_blocks
 from tameformer.nn.attention.logsumexp import FUSED_DEVICES, sized_entropy_from_logsumexp
+from tameformer.shapes import Bool, Float, Int
 
 _REACH_LIMIT = 16.0  # scale |q| |k| up to which a fused call is tried ...
 _SIZE_LIMIT = 8.0  # ... and the size of its terms up to which its float32 error stays below 1e-5 nats, with room

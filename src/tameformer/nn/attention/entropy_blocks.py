@@ -8,8 +8,9 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
+
+from tameformer.shapes import Bool, Float
 
 HIDDEN_BIAS = torch.finfo(torch.float16).min
 """An additive mask at or below this hides the key; libraries write their masks as the least number of some type."""

@@ -8,8 +8,9 @@ a row of logits, so `centred_logit_norm` in the place of that product gives a bo
 import math
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from tameformer.shapes import Bool, Float, Int
 
 
 def entropy_lower_bound(

@@ -1,8 +1,9 @@
 """The largest attention logit of each head, exactly, without the matrix of all logits."""
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+
+from tameformer.shapes import Float
 
 BLOCK_ELEMENTS = 1 << 22
 """How many logits are in memory at once, if a single query of each head has no more."""

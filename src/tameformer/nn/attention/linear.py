@@ -8,11 +8,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.nn.attention.attend import check_one_mask
-from tameformer.shapes import Mask
+from tameformer.shapes import Float, Mask
 
 CHUNK = 64
 """Positions that are mixed with each other directly; between chunks a sum of key-value products is carried."""

@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
 from torch import Tensor
+
+from tameformer.shapes import Bool, Float
 
 FUSED_DEVICES = ("cpu", "cuda")
 

@@ -6,7 +6,6 @@ Vaswani et al. 2017, arXiv:1706.03762, section 3.2.2; Ainslie et al. 2023, "GQA"
 from typing import cast
 
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.nn.attention.attend import Score, ScoreAttention
@@ -14,7 +13,7 @@ from tameformer.nn.attention.cache import AttentionCache
 from tameformer.nn.attention.dot_product import DotProductAttention
 from tameformer.nn.masks import causal_mask
 from tameformer.nn.positions.relative import RelativePositions, distances
-from tameformer.shapes import Mask, Stream, Tokens
+from tameformer.shapes import Float, Mask, Stream, Tokens
 
 
 class MultiHeadAttention(nn.Module):

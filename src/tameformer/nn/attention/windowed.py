@@ -2,11 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tameformer.nn.attention.attend import check_one_mask, fused_attention
-from tameformer.shapes import Mask
+from tameformer.shapes import Bool, Float, Mask
 
 
 def window_mask(

@@ -6,10 +6,10 @@ Differs from the paper: without a causal mask both directions are penalized alik
 import math
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tameformer.nn.positions.relative import Distances, RelativePositions
+from tameformer.shapes import Float
 
 
 def alibi_slopes(num_heads: int) -> Float[Tensor, " heads"]:

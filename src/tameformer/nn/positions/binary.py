@@ -1,11 +1,10 @@
 """The position as a binary number, added to the embeddings: what sines and cosines are the continuous form of."""
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.nn.positions.table import table_rows
-from tameformer.shapes import Stream, Tokens
+from tameformer.shapes import Float, Stream, Tokens
 
 
 def binary_table(max_length: int, dim: int) -> Float[Tensor, "{max_length} {dim}"]:

@@ -6,10 +6,10 @@ Differs from the paper: each layer has numbers of its own, where T5 shares those
 import math
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.nn.positions.relative import Distances, RelativePositions, by_distance
+from tameformer.shapes import Float
 
 
 def t5_buckets(distance: Distances, *, num_buckets: int = 32, max_distance: int = 128) -> Distances:

@@ -9,10 +9,10 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.nn.positions.relative import Distances, RelativePositions, picked
+from tameformer.shapes import Float
 
 
 def log_buckets(behind: Distances, *, num_buckets: int = 256, max_distance: int = 512) -> Distances:

@@ -3,10 +3,9 @@
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tameformer.shapes import Tokens
+from tameformer.shapes import Float, Int, Tokens
 
 Distances = Int[Tensor, "*batch query key"]
 

@@ -5,11 +5,10 @@ components are paired: i with i + head_dim/2, as in the released Llama weights, 
 """
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.nn.positions.table import table_rows
-from tameformer.shapes import Tokens
+from tameformer.shapes import Float, Tokens
 
 
 def rotate(

@@ -1,10 +1,10 @@
 """Learned vectors for distances, added to keys and to values (Shaw et al. 2018, arXiv:1803.02155, equations 3 and 4)."""
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.nn.positions.relative import Distances, RelativePositions, picked
+from tameformer.shapes import Float
 
 
 class ShawPositions(RelativePositions):

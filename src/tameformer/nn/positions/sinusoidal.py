@@ -1,11 +1,10 @@
 """Sines and cosines of the position, added to the embeddings (Vaswani et al. 2017, arXiv:1706.03762, section 3.5)."""
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.nn.positions.table import table_rows
-from tameformer.shapes import Stream, Tokens
+from tameformer.shapes import Float, Stream, Tokens
 
 
 def sinusoidal_table(max_length: int, dim: int, base: float = 10_000.0) -> Float[Tensor, "{max_length} {dim}"]:

@@ -1,9 +1,8 @@
 """Reading rows of a table of positions."""
 
-from jaxtyping import Float
 from torch import Tensor
 
-from tameformer.shapes import Tokens
+from tameformer.shapes import Float, Tokens
 
 
 def table_rows(

@@ -5,11 +5,10 @@ depend on what it is batched with; any subsampling that is a product of two stri
 """
 
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tameformer.nn.masks import real_from_lengths
-from tameformer.shapes import Stream
+from tameformer.shapes import Bool, Float, Int, Stream
 
 STRIDES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}
 """Strides of the two convolutions by the subsampling."""

@@ -1,9 +1,8 @@
 """Images cut into square patches, each mapped to a token (Dosovitskiy et al. 2020, "ViT", arXiv:2010.11929)."""
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from tameformer.shapes import Images, Stream
+from tameformer.shapes import Float, Images, Stream
 
 
 def grid_size(image_size: int | tuple[int, int], patch_size: int) -> tuple[int, int]:

@@ -1,10 +1,9 @@
 """Films cut into tubelets, small boxes of several frames, each a token (Arnab et al. 2021, "ViViT", arXiv:2103.15691)."""
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.nn.stems.patch import PatchStem, grid_size
-from tameformer.shapes import Stream
+from tameformer.shapes import Float, Stream
 
 Films = Float[Tensor, "batch channels frames height width"]
 """Films, channels first."""

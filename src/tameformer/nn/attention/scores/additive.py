@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
+
+from tameformer.shapes import Float
 
 
 class AdditiveScore(nn.Module):

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from jaxtyping import Float
 from torch import Tensor
+
+from tameformer.shapes import Float
 
 
 class DotProducts(NamedTuple):

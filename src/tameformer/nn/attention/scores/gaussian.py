@@ -5,10 +5,10 @@ Tsai et al. 2019, "Transformer Dissection", arXiv:1908.11775, section 3, read so
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
 from torch import Tensor
 
 from tameformer.nn.attention.scores.dot import DotProducts
+from tameformer.shapes import Float
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """A bilinear score (Luong et al. 2015, "Effective Approaches to Attention-based NMT", arXiv:1508.04025, section 3.1)."""
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from tameformer.nn.attention.scores.dot import DotProducts
+from tameformer.shapes import Float
 
 
 class GeneralScore(nn.Module):
