@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -103,11 +104,13 @@ def test_a_race_killed_and_resumed_ends_as_its_best_run_does_alone(capfd):
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
-def test_runs_that_diverge_are_counted_and_never_continued(capfd):
+def test_runs_that_diverge_are_counted_and_never_continued_also_through_a_database(capfd):
+    storage = ["--storage=sqlite:///race.db"] if find_spec("optuna") else []
     rates = ["--optim.name=sgd", "--optim.max_grad_norm=null", "--optim.schedule=constant", "--optim.warmup_steps=0"]
     rates += ["--guard.max_skips=0", "--guard.max_rollbacks=0"]
     some = ["--vary=optim.peak_lr=0.01,1e18", "--starts=4", "--continue=1"]
-    assert main(["race", *RACE, *rates, *some, "--budget=3"]) == 0
+    assert main(["race", *RACE, *rates, *some, *storage, "--budget=3"]) == 0
+    assert Path("race.db").is_file() == bool(storage)
     found = read()
     assert found["counts"] == {"finished": 1, "paused": 1, "diverged": 2}
     assert [run["early"] for run in found["runs"] if run["variant"] == "1e+18"] == ["NaN", "NaN"]
