@@ -4,17 +4,16 @@
 translates. All results are the new tokens only; after the end token, rows are filled with it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tameformer.models.decoder import Decoder
 from tameformer.models.encoder_decoder import EncoderDecoder, Source, SourceMask
 from tameformer.nn.masks import real_from_tokens
-from tameformer.shapes import Tokens
+from tameformer.shapes import Float, Int, Tokens
 
 Logits = Float[Tensor, "rows vocab"]
 Rows = Int[Tensor, " rows"]
@@ -92,6 +91,16 @@ def translation_steps(
     if source_mask is None:
         source_mask = real_from_tokens(source, model.padding_id)
     return _TranslationSteps(model, source, source_mask, start_id)
+
+
+def until_end(row: Sequence[int], end_id: int) -> Sequence[int]:
+    """The tokens in front of the first end token.
+
+    Example:
+        >>> until_end([5, 3, 1, 1], end_id=1)
+        [5, 3]
+    """
+    return row[: row.index(end_id)] if end_id in row else row
 
 
 def greedy(steps: Steps, *, max_new_tokens: int, end_id: int | None = None) -> Int[Tensor, "batch new"]:

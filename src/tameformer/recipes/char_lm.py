@@ -1,16 +1,14 @@
 """A language model over characters (Karpathy 2015, "The unreasonable effectiveness of recurrent neural networks")."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tameformer.data import SequentialBatches, ShuffledBatches, Source, single_pass
+from tameformer.data import SequentialBatches, ShuffledBatches, Source
 from tameformer.data.text import read_text
 from tameformer.data.tokenizers import CharTokenizer
 from tameformer.data.windows import EvaluationWindows, TokenWindows
@@ -18,8 +16,9 @@ from tameformer.health import prior_loss
 from tameformer.models import Architecture, DecoderConfig, RecurrentDecoderConfig, UniversalDecoderConfig
 from tameformer.recipes.assemble import assemble, frequencies, require_path
 from tameformer.recipes.config import RecipeConfig
+from tameformer.recipes.evaluation import one_pass, perplexity, token_loss
 from tameformer.recipes.ponder import with_ponder_cost
-from tameformer.training import Engine, Run, mean_metrics
+from tameformer.training import Engine, Run
 from tameformer.training.step import Batch
 
 
@@ -97,17 +96,13 @@ def cut(tokens: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
 
 def language_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy summed over the targets that count."""
-    logits = model(batch["tokens"])
-    return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="sum", ignore_index=-100)
+    return token_loss(model(batch["tokens"]), batch["targets"])
 
 
 def evaluate(engine: Engine, model: nn.Module, *, source: Source, batch_size: int) -> dict[str, float]:
     """Mean cross-entropy in nats per token, and its exponential."""
-    batches = single_pass(
-        source, SequentialBatches(len(source), batch_size), rank=engine.rank, world_size=engine.world_size
-    )
-    metrics = mean_metrics(engine, model, batches, measure)
-    return {**metrics, "perplexity": math.exp(min(metrics["loss"], 700.0))}
+    metrics = one_pass(engine, model, source, SequentialBatches(len(source), batch_size), measure)
+    return {**metrics, "perplexity": perplexity(metrics["loss"])}
 
 
 def measure(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:

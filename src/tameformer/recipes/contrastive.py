@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from tameformer.data import SequentialBatches, ShuffledBatches, single_pass
+from tameformer.data import SequentialBatches, ShuffledBatches
 from tameformer.data.views import TwoViews
 from tameformer.errors import ConfigError
 from tameformer.models import Architecture
@@ -21,16 +21,16 @@ from tameformer.models.contrastive import ContrastiveConfig
 from tameformer.nn.nt_xent import gather_rows, nt_xent
 from tameformer.recipes.assemble import assemble
 from tameformer.recipes.config import RecipeConfig
-from tameformer.recipes.linear_probe import check_probe, probe_accuracy, probe_images
+from tameformer.recipes.evaluation import joined, one_pass
+from tameformer.recipes.linear_probe import check_probe, linear_probe
 from tameformer.recipes.vision import (
     PREPROCESSING,
-    ImageSource,
     VisionDataConfig,
     check_unlabelled,
     preprocessing,
     sources,
 )
-from tameformer.training import Engine, Run, mean_metrics
+from tameformer.training import Engine, Run
 from tameformer.training.step import Batch
 
 
@@ -85,13 +85,15 @@ def build(config: Config, folder: Path) -> Run:
         plan=ShuffledBatches(len(train), data.batch_size, seed=config.order_seed),
         loss=partial(comparison_loss, temperature=config.temperature),
         unit="samples",
-        evaluate=partial(
-            evaluate,
-            source=judged,
-            batch_size=data.eval_batch_size,
-            temperature=config.temperature,
-            probe_train=probe_images(train, config.linear_probe_samples, seed=config.order_seed),
-            probe_held_out=held_out,
+        evaluate=joined(
+            partial(evaluate, source=judged, batch_size=data.eval_batch_size, temperature=config.temperature),
+            linear_probe(
+                config.linear_probe_samples,
+                train,
+                held_out,
+                seed=config.order_seed,
+                batch_size=data.eval_batch_size,
+            ),
         ),
         num_workers=data.num_workers,
         artifacts={PREPROCESSING: json.dumps(preprocessing(train), indent=1) + "\n"},
@@ -111,19 +113,11 @@ def evaluate(
     source: TwoViews,
     batch_size: int,
     temperature: float,
-    probe_train: ImageSource | None,
-    probe_held_out: ImageSource,
 ) -> dict[str, float]:
-    """The loss and the share of views that find their image among `batch_size`, and the linear probe's accuracy."""
+    """The loss and the share of views that find their image among `batch_size`."""
     plan = SequentialBatches(len(source), batch_size)
     # A process may have a batch fewer than another, so that nothing is gathered: images are compared within their batch.
-    batches = single_pass(source, plan, rank=engine.rank, world_size=engine.world_size)
-    metrics = mean_metrics(engine, model, batches, partial(measure, temperature=temperature))
-    if probe_train is not None:
-        metrics["linear_probe_accuracy"] = probe_accuracy(
-            engine, model, train=probe_train, held_out=probe_held_out, batch_size=batch_size
-        )
-    return metrics
+    return one_pass(engine, model, source, plan, partial(measure, temperature=temperature))
 
 
 def measure(model: nn.Module, batch: Batch, *, temperature: float) -> Mapping[str, Tensor]:

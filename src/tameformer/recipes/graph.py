@@ -8,14 +8,14 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tameformer.data import SequentialBatches, ShuffledBatches, single_pass
+from tameformer.data import SequentialBatches, ShuffledBatches
 from tameformer.data.graph import NodeSource, read_graph
 from tameformer.models import Architecture
 from tameformer.models.graph import GraphConfig
 from tameformer.recipes.assemble import assemble, require_path
 from tameformer.recipes.config import RecipeConfig
-from tameformer.recipes.vision import class_sums
-from tameformer.training import Engine, Run, mean_metrics
+from tameformer.recipes.evaluation import class_sums, one_pass
+from tameformer.training import Engine, Run
 from tameformer.training.step import Batch
 
 
@@ -65,8 +65,7 @@ def node_loss(model: nn.Module, batch: Batch) -> Tensor:
 def evaluate(engine: Engine, model: nn.Module, *, source: NodeSource) -> dict[str, float]:
     """Mean cross-entropy, and the share of nodes whose class was recognized."""
     plan = SequentialBatches(len(source), len(source))  # the graph is gone through once, whatever the number of nodes
-    batches = single_pass(source, plan, rank=engine.rank, world_size=engine.world_size)
-    return mean_metrics(engine, model, batches, measure)
+    return one_pass(engine, model, source, plan, measure)
 
 
 def measure(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:

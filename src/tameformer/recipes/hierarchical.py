@@ -9,7 +9,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tameformer.data import SampleKeys, SequentialBatches, single_pass
+from tameformer.data import SampleKeys, SequentialBatches
 from tameformer.data.labelled import LabelledText
 from tameformer.data.length_buckets import LengthBuckets
 from tameformer.data.sentences import TokenizedDocuments, sentences
@@ -20,10 +20,10 @@ from tameformer.models.hierarchical import HierarchicalClassifier, HierarchicalC
 from tameformer.recipes.assemble import assemble
 from tameformer.recipes.config import RecipeConfig
 from tameformer.recipes.curriculum import with_curriculum
+from tameformer.recipes.evaluation import class_sums, one_pass
 from tameformer.recipes.text_classification import TOKENIZER, LabelledTextsConfig, read
-from tameformer.recipes.vision import class_sums
 from tameformer.record import write_figure
-from tameformer.training import Engine, Run, mean_metrics
+from tameformer.training import Engine, Run
 from tameformer.training.step import Batch
 
 SHOWN = 6
@@ -100,9 +100,7 @@ def evaluate(
     engine: Engine, model: nn.Module, *, source: TokenizedDocuments, batch_size: int, show: Show | None = None
 ) -> dict[str, float]:
     """Mean cross-entropy, and the share of documents whose class was recognized; `show` is given the documents to show."""
-    plan = SequentialBatches(len(source), batch_size)
-    batches = single_pass(source, plan, rank=engine.rank, world_size=engine.world_size)
-    metrics = mean_metrics(engine, model, batches, measure)
+    metrics = one_pass(engine, model, source, SequentialBatches(len(source), batch_size), measure)
     if show is not None and engine.is_main:
         show(engine, model, source)
     return metrics

@@ -14,6 +14,7 @@ from tameformer.data import SequentialBatches, Source, single_pass
 from tameformer.errors import ConfigError
 from tameformer.recipes.vision import ImageSource, few
 from tameformer.training import Engine
+from tameformer.training.run import Evaluation
 
 Features = Callable[[nn.Module, Tensor], Tensor]
 """From a model and images to one vector an image."""
@@ -25,11 +26,19 @@ def check_probe(samples: int | None) -> None:
         raise ValueError(f"linear_probe_samples must be at least 2, got {samples}; null for no probe")
 
 
-def probe_images(train: ImageSource, samples: int | None, *, seed: int) -> ImageSource | None:
-    """The labelled images that a linear probe learns from, without augmentation; None where there is no probe."""
+def linear_probe(
+    samples: int | None, train: ImageSource, held_out: ImageSource, *, seed: int, batch_size: int
+) -> Evaluation:
+    """Measures `linear_probe_accuracy` by so many of the training images, without their augmentation; None measures nothing."""
     if samples is None:
-        return None
-    return few(replace(train, transforms=()), min(samples, len(train)), seed=seed)
+        return lambda engine, model: {}
+    learned_from = few(replace(train, transforms=()), min(samples, len(train)), seed=seed)
+
+    def evaluation(engine: Engine, model: nn.Module) -> dict[str, float]:
+        accuracy = probe_accuracy(engine, model, train=learned_from, held_out=held_out, batch_size=batch_size)
+        return {"linear_probe_accuracy": accuracy}
+
+    return evaluation
 
 
 def mean_features(model: nn.Module, images: Tensor) -> Tensor:

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tameformer.data import SequentialBatches, ShuffledBatches, single_pass
+from tameformer.data import SequentialBatches, ShuffledBatches
 from tameformer.data.documents import read_documents
 from tameformer.data.packing import PackedDocuments, pack_texts
 from tameformer.data.tokenizers import BPETokenizer, train_bpe
@@ -19,8 +18,9 @@ from tameformer.models import Architecture, DecoderConfig, UniversalDecoderConfi
 from tameformer.nn.masks import document_mask
 from tameformer.recipes.assemble import assemble, frequencies, require_path
 from tameformer.recipes.config import RecipeConfig
+from tameformer.recipes.evaluation import one_pass, perplexity, token_loss
 from tameformer.recipes.ponder import with_ponder_cost
-from tameformer.training import Engine, Run, mean_metrics
+from tameformer.training import Engine, Run
 from tameformer.training.step import Batch
 
 TOKENIZER = "tokenizer.json"
@@ -120,22 +120,19 @@ def find_tokenizer(data: DocumentsConfig, folder: Path, learning: list[str]) -> 
 def packed_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy summed over the targets; no document sees another."""
     logits = model(batch["tokens"], mask=document_mask(batch["documents"]), positions=batch["positions"])
-    return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="sum", ignore_index=-100)
+    return token_loss(logits, batch["targets"])
 
 
 def evaluate(engine: Engine, model: nn.Module, *, source: PackedDocuments, batch_size: int) -> dict[str, float]:
     """Mean cross-entropy in nats per token; perplexity per token, and per byte of the text (end tokens included)."""
-    plan = SequentialBatches(len(source), batch_size)
-    metrics = mean_metrics(
-        engine, model, single_pass(source, plan, rank=engine.rank, world_size=engine.world_size), measure
-    )
+    metrics = one_pass(engine, model, source, SequentialBatches(len(source), batch_size), measure)
     assert source.total_bytes is not None, "pack_texts counts them"
     loss = metrics["loss"]
     per_byte = loss * source.total_targets / source.total_bytes
     return {
         **metrics,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "perplexity_per_byte": math.exp(min(per_byte, 700.0)),
+        "perplexity": perplexity(loss),
+        "perplexity_per_byte": perplexity(per_byte),
         "bits_per_byte": per_byte / math.log(2),
     }
 

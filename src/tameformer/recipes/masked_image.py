@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tameformer.data import SampleKeys, SequentialBatches, ShuffledBatches, single_pass
+from tameformer.data import SampleKeys, SequentialBatches, ShuffledBatches
 from tameformer.data.patch_masks import MaskedPatches
 from tameformer.errors import ConfigError
 from tameformer.models import Architecture, MaskedAutoencoderConfig
@@ -21,17 +21,17 @@ from tameformer.models.masked_autoencoder import hidden_error, patch_targets, re
 from tameformer.nn.stems import grid_size
 from tameformer.recipes.assemble import assemble
 from tameformer.recipes.config import RecipeConfig
-from tameformer.recipes.linear_probe import check_probe, probe_accuracy, probe_images
+from tameformer.recipes.evaluation import joined, one_pass
+from tameformer.recipes.linear_probe import check_probe, linear_probe
 from tameformer.recipes.vision import (
     PREPROCESSING,
-    ImageSource,
     VisionDataConfig,
     check_unlabelled,
     preprocessing,
     sources,
 )
 from tameformer.record import write_figure
-from tameformer.training import Engine, Run, mean_metrics
+from tameformer.training import Engine, Run
 from tameformer.training.step import Batch
 
 PICTURES = 8
@@ -79,15 +79,22 @@ def build(config: Config, folder: Path) -> Run:
         plan=ShuffledBatches(len(train), data.batch_size, seed=config.order_seed),
         loss=partial(reconstruction_loss, patch_size=size, normalize=config.normalize_pixels),
         unit="samples",
-        evaluate=partial(
-            evaluate,
-            source=judged,
-            batch_size=data.eval_batch_size,
-            patch_size=size,
-            normalize=config.normalize_pixels,
-            probe_train=probe_images(train, config.linear_probe_samples, seed=config.order_seed),
-            probe_held_out=held_out,
-            folder=folder,
+        evaluate=joined(
+            partial(
+                evaluate,
+                source=judged,
+                batch_size=data.eval_batch_size,
+                patch_size=size,
+                normalize=config.normalize_pixels,
+                folder=folder,
+            ),
+            linear_probe(
+                config.linear_probe_samples,
+                train,
+                held_out,
+                seed=config.order_seed,
+                batch_size=data.eval_batch_size,
+            ),
         ),
         num_workers=data.num_workers,
         artifacts={PREPROCESSING: json.dumps(preprocessing(train), indent=1) + "\n"},
@@ -108,22 +115,14 @@ def evaluate(
     batch_size: int,
     patch_size: int,
     normalize: bool,
-    probe_train: ImageSource | None,
-    probe_held_out: ImageSource,
     folder: Path,
 ) -> dict[str, float]:
-    """Error at hidden patches of held-out images, each with one mask, and the linear probe's accuracy."""
+    """Error at hidden patches of held-out images, each with one mask; some of them go to the run folder as pictures."""
 
     def measure(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
         return {"loss": reconstruction_loss(model, batch, patch_size=patch_size, normalize=normalize)}
 
-    plan = SequentialBatches(len(source), batch_size)
-    batches = single_pass(source, plan, rank=engine.rank, world_size=engine.world_size)
-    metrics = mean_metrics(engine, model, batches, measure)
-    if probe_train is not None:
-        metrics["linear_probe_accuracy"] = probe_accuracy(
-            engine, model, train=probe_train, held_out=probe_held_out, batch_size=batch_size
-        )
+    metrics = one_pass(engine, model, source, SequentialBatches(len(source), batch_size), measure)
     if engine.is_main:
         write_pictures(engine, model, source, patch_size=patch_size, normalize=normalize, folder=folder)
     return metrics

@@ -4,7 +4,6 @@ Texts are joined with an end token between and cut into windows, as in RoBERTa's
 (Liu et al. 2019, arXiv:1907.11692). `text-classification` takes the encoder over with `--init_from RUN`.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,14 +13,15 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tameformer.data import SequentialBatches, ShuffledBatches, single_pass
+from tameformer.data import SequentialBatches, ShuffledBatches
 from tameformer.data.masking import MaskedWindows
 from tameformer.data.tokenizers import SPECIAL_TOKENS, BPETokenizer, train_bpe
 from tameformer.models import Architecture, EncoderConfig
 from tameformer.recipes.assemble import assemble
 from tameformer.recipes.config import RecipeConfig
+from tameformer.recipes.evaluation import one_pass, perplexity
 from tameformer.recipes.lm import TOKENIZER, DocumentsConfig, texts
-from tameformer.training import Engine, Run, mean_metrics
+from tameformer.training import Engine, Run
 from tameformer.training.step import Batch
 
 MASK = "<mask>"
@@ -99,10 +99,8 @@ def masked_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def evaluate(engine: Engine, model: nn.Module, *, source: MaskedWindows, batch_size: int) -> dict[str, float]:
     """Mean cross-entropy in nats per hidden token, its exponential, and the share that was guessed; always the same ones."""
-    plan = SequentialBatches(len(source), batch_size)
-    batches = single_pass(source, plan, rank=engine.rank, world_size=engine.world_size)
-    metrics = mean_metrics(engine, model, batches, measure)
-    return {**metrics, "perplexity": math.exp(min(metrics["loss"], 700.0))}
+    metrics = one_pass(engine, model, source, SequentialBatches(len(source), batch_size), measure)
+    return {**metrics, "perplexity": perplexity(metrics["loss"])}
 
 
 def measure(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:

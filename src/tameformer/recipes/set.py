@@ -9,14 +9,15 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tameformer.data import SequentialBatches, ShuffledBatches, single_pass
+from tameformer.data import SequentialBatches, ShuffledBatches
 from tameformer.data.point_sets import PointSets
 from tameformer.models import Architecture
 from tameformer.models.set import SetConfig
 from tameformer.recipes.assemble import assemble
 from tameformer.recipes.config import RecipeConfig
-from tameformer.recipes.vision import PREPROCESSING, VisionDataConfig, class_sums, preprocessing, sources
-from tameformer.training import Engine, Run, mean_metrics
+from tameformer.recipes.evaluation import class_sums, one_pass
+from tameformer.recipes.vision import PREPROCESSING, VisionDataConfig, preprocessing, sources
+from tameformer.training import Engine, Run
 from tameformer.training.step import Batch
 
 
@@ -73,9 +74,7 @@ def set_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def evaluate(engine: Engine, model: nn.Module, *, source: PointSets, batch_size: int) -> dict[str, float]:
     """Mean cross-entropy, and the share of sets whose class was recognized."""
-    plan = SequentialBatches(len(source), batch_size)
-    batches = single_pass(source, plan, rank=engine.rank, world_size=engine.world_size)
-    return mean_metrics(engine, model, batches, measure)
+    return one_pass(engine, model, source, SequentialBatches(len(source), batch_size), measure)
 
 
 def measure(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:

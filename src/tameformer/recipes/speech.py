@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from tameformer.data import SampleKeys, single_pass
 from tameformer.data.augment.spectrum import SpecAugment
 from tameformer.data.buckets import LengthSortedBatches, TokenBuckets
 from tameformer.data.log_mel import LogMel
@@ -21,13 +20,14 @@ from tameformer.data.utterances import DigitSequences, Manifest, Utterances, alp
 from tameformer.errors import ConfigError
 from tameformer.models import Architecture, RecurrentSpeechConfig, SpeechConfig
 from tameformer.models.ctc import ctc_beam_search, ctc_greedy
-from tameformer.models.generate import beam_search, greedy
+from tameformer.models.generate import beam_search, greedy, until_end
 from tameformer.models.speech import CTCRecognizer, DecoderRecognizer, transcription_steps
 from tameformer.nn.masks import real_from_lengths
 from tameformer.recipes.assemble import assemble, require_path
 from tameformer.recipes.config import RecipeConfig
+from tameformer.recipes.evaluation import one_pass, placed_batches, token_loss
 from tameformer.recipes.word_errors import error_rates
-from tameformer.training import Engine, Run, mean_metrics
+from tameformer.training import Engine, Run
 from tameformer.training.step import Batch
 
 TOKENIZER, PREPROCESSING = "tokenizer.json", "preprocessing.json"
@@ -182,13 +182,7 @@ def speech_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0)
     """The negative log-probability of the texts, in nats, summed over the utterances; the end token counts with a decoder."""
     if not hasattr(model, "blank"):
         logits = model(batch["features"], batch["frames"], batch["target_in"])
-        return F.cross_entropy(
-            logits.flatten(0, 1),
-            batch["targets"].flatten(),
-            reduction="sum",
-            ignore_index=-100,
-            label_smoothing=label_smoothing,
-        )
+        return token_loss(logits, batch["targets"], label_smoothing=label_smoothing)
     logits, outputs = model(batch["features"], batch["frames"])
     lengths = (batch["targets"] >= 0).sum(1) - 1  # without the end token
     steps = logits.float().log_softmax(-1).transpose(0, 1)  # the sum over paths needs more digits than bf16 has
@@ -201,8 +195,7 @@ def evaluate(
     engine: Engine, model: nn.Module, *, source: SpeechSource, decoding: TranscriptionConfig, max_frames: int
 ) -> dict[str, float]:
     """Mean loss in nats a character, without smoothing, and error rates."""
-    batches = single_pass(source, plan_of(source, max_frames), rank=engine.rank, world_size=engine.world_size)
-    metrics = mean_metrics(engine, model, batches, measure)
+    metrics = one_pass(engine, model, source, plan_of(source, max_frames), measure)
     return metrics | transcription_quality(engine, model, source=source, decoding=decoding, max_frames=max_frames)
 
 
@@ -220,11 +213,9 @@ def transcription_quality(
     engine: Engine, model: nn.Module, *, source: SpeechSource, decoding: TranscriptionConfig, max_frames: int
 ) -> dict[str, float]:
     """Word and character error rates of the model's texts; the work is shared by all processes."""
-    plan = plan_of(source, max_frames)
     found: list[tuple[str, str]] = []
-    for step in range(engine.rank, plan.steps_in_epoch(0), engine.world_size):
-        keys: SampleKeys = plan.batch(step)
-        ids = transcripts(model, engine.place(source.fetch(keys)), decoding)
+    for keys, batch in placed_batches(engine, source, plan_of(source, max_frames)):
+        ids = transcripts(model, batch, decoding)
         found += zip(source.utterances.texts(keys), map(source.tokenizer.decode, ids), strict=True)
     said, heard = zip(*engine.gather(found), strict=True)
     return error_rates(said, heard)
@@ -252,8 +243,4 @@ def transcripts(model: nn.Module, batch: Batch, decoding: TranscriptionConfig) -
             length_penalty=decoding.length_penalty,
         )
     # The begin token is never a target; should it be written all the same, it is no character.
-    return [[token for token in _until(row, model.end_id) if token < model.begin_id] for row in tokens.tolist()]
-
-
-def _until(row: list[int], end_id: int) -> list[int]:
-    return row[: row.index(end_id)] if end_id in row else row
+    return [[token for token in until_end(row, model.end_id) if token < model.begin_id] for row in tokens.tolist()]

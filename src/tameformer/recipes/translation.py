@@ -5,32 +5,30 @@ or without (Bahdanau et al. 2014, arXiv:1409.0473).
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from tameformer.data import SampleKeys, single_pass
 from tameformer.data.buckets import LengthSortedBatches, TokenBuckets
 from tameformer.data.curriculum import within_tokens
 from tameformer.data.pairs import PairSource, read_pairs, read_pairs_tsv, tokenized_pairs
 from tameformer.data.tokenizers import BPETokenizer, train_bpe
 from tameformer.health import prior_loss
 from tameformer.models import Architecture, EncoderDecoder, EncoderDecoderConfig
-from tameformer.models.generate import Steps, beam_search, translation_steps
+from tameformer.models.generate import Steps, beam_search, translation_steps, until_end
 from tameformer.models.recurrent_translation import RecurrentSteps, RecurrentTranslation, RecurrentTranslationConfig
 from tameformer.recipes.assemble import assemble, frequencies, require_path
 from tameformer.recipes.bleu import bleu_scores, bleu_signatures
 from tameformer.recipes.config import RecipeConfig
 from tameformer.recipes.curriculum import CurriculumConfig, with_curriculum
+from tameformer.recipes.evaluation import joined, one_pass, perplexity, placed_batches, token_loss
 from tameformer.record import write_figure
-from tameformer.training import Engine, Run, mean_metrics
+from tameformer.training import Engine, Run
 from tameformer.training.run import Evaluation
 from tameformer.training.step import Batch
 
@@ -127,7 +125,7 @@ def build(config: Config, folder: Path) -> Run:
     parts = config.gradient_accumulation_steps * PartialState().num_processes
     evaluate: Evaluation = partial(evaluate_loss, source=held_out, max_tokens=data.eval_max_tokens)
     if config.decoding.eval_sentences is not None:
-        evaluate = _both(evaluate, partial(translated, pairs=validation[: config.decoding.eval_sentences]))
+        evaluate = joined(evaluate, partial(translated, pairs=validation[: config.decoding.eval_sentences]))
     return assemble(
         config,
         folder=folder,
@@ -174,13 +172,7 @@ def _beside(prefix: str, language: str) -> Path:
 def translation_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy summed over the target tokens."""
     logits = model(batch["source"], batch["target_in"], source_mask=batch["source_mask"])
-    return F.cross_entropy(
-        logits.flatten(0, 1),
-        batch["targets"].flatten(),
-        reduction="sum",
-        ignore_index=-100,
-        label_smoothing=label_smoothing,
-    )
+    return token_loss(logits, batch["targets"], label_smoothing=label_smoothing)
 
 
 def measure(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
@@ -190,10 +182,8 @@ def measure(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
 
 def evaluate_loss(engine: Engine, model: nn.Module, *, source: PairSource, max_tokens: int) -> dict[str, float]:
     """Mean cross-entropy in nats per target token, without smoothing, and its exponential."""
-    plan = LengthSortedBatches(source.lengths, max_tokens)
-    batches = single_pass(source, plan, rank=engine.rank, world_size=engine.world_size)
-    metrics = mean_metrics(engine, model, batches, measure)
-    return {**metrics, "perplexity": math.exp(min(metrics["loss"], 700.0))}
+    metrics = one_pass(engine, model, source, LengthSortedBatches(source.lengths, max_tokens), measure)
+    return {**metrics, "perplexity": perplexity(metrics["loss"])}
 
 
 def translation_quality(
@@ -245,9 +235,7 @@ def translate(
     source = tokenized_pairs([(sentence, "") for sentence in sentences], tokenizer)
     plan = LengthSortedBatches(source.lengths[:, :1], max(1, max_tokens // decoding.num_beams))
     found: list[tuple[int, str]] = []
-    for step in range(engine.rank, plan.steps_in_epoch(0), engine.world_size):
-        keys: SampleKeys = plan.batch(step)
-        batch = engine.place(source.fetch(keys))
+    for keys, batch in placed_batches(engine, source, plan):
         steps, max_length = decoding_steps(model, batch, tokenizer.begin_id)
         longest = batch["source"].shape[1]
         limit = min(max_length - 1, round(1.5 * longest) + decoding.extra_length)
@@ -258,7 +246,7 @@ def translate(
             end_id=tokenizer.end_id,
             length_penalty=decoding.length_penalty,
         )
-        texts = [tokenizer.decode(_until(row, tokenizer.end_id)) for row in tokens.cpu()]
+        texts = [tokenizer.decode(until_end(row, tokenizer.end_id)) for row in tokens.tolist()]
         found += zip(keys.indices.tolist(), texts, strict=True)
     return [text for _, text in sorted(engine.gather(found))]
 
@@ -271,15 +259,3 @@ def decoding_steps(model: nn.Module, batch: Batch, start_id: int) -> tuple[Steps
     if isinstance(model, RecurrentTranslation):
         return RecurrentSteps(model, source, mask, start_id), model.max_length
     raise TypeError(f"expected an EncoderDecoder or a RecurrentTranslation, got {type(model).__name__}")
-
-
-def _until(row: Tensor, end_id: int) -> list[int]:
-    tokens = row.tolist()
-    return tokens[: tokens.index(end_id)] if end_id in tokens else tokens
-
-
-def _both(first: Evaluation, second: Evaluation) -> Evaluation:
-    def evaluation(engine: Engine, model: nn.Module) -> dict[str, float]:
-        return first(engine, model) | second(engine, model)
-
-    return evaluation

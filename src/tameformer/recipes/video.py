@@ -10,14 +10,15 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tameformer.data import SampleKeys, SequentialBatches, ShuffledBatches, permutation, single_pass
+from tameformer.data import SampleKeys, SequentialBatches, ShuffledBatches, permutation
 from tameformer.data.sources import digits
 from tameformer.data.sources.moving_digits import MovingDigits, Target
 from tameformer.models import Architecture, ConvolutionalVideoConfig, VideoConfig
 from tameformer.recipes.assemble import assemble
 from tameformer.recipes.config import RecipeConfig
+from tameformer.recipes.evaluation import class_sums, one_pass
 from tameformer.record import write_figure
-from tameformer.training import Engine, Run, mean_metrics
+from tameformer.training import Engine, Run
 from tameformer.training.step import Batch
 
 PREPROCESSING = "preprocessing.json"
@@ -136,19 +137,12 @@ def evaluate(
     """Mean cross-entropy, and the share of films whose class was recognized."""
     if engine.is_main:
         write_figure(folder, "films", shown(source))
-    batches = single_pass(
-        source, SequentialBatches(len(source), batch_size), rank=engine.rank, world_size=engine.world_size
-    )
-    return mean_metrics(engine, model, batches, measure)
+    return one_pass(engine, model, source, SequentialBatches(len(source), batch_size), measure)
 
 
 def measure(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     """Sums over a batch of films."""
-    logits = model(batch["films"]).float()
-    return {
-        "loss": F.cross_entropy(logits, batch["labels"], reduction="sum"),
-        "accuracy": (logits.argmax(-1) == batch["labels"]).sum(),
-    }
+    return class_sums(model(batch["films"]), batch["labels"])
 
 
 def shown(source: MovingDigits) -> dict[str, Any]:

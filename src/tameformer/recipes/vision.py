@@ -11,7 +11,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tameformer.data import SequentialBatches, ShuffledBatches, single_pass
+from tameformer.data import SequentialBatches, ShuffledBatches
 from tameformer.data.augment import (
     ColorJitter,
     HorizontalFlip,
@@ -38,9 +38,10 @@ from tameformer.health import prior_loss
 from tameformer.models import Architecture, ConvolutionalConfig, VisionConfig
 from tameformer.recipes.assemble import assemble, require_path
 from tameformer.recipes.config import RecipeConfig
+from tameformer.recipes.evaluation import class_sums, one_pass
 from tameformer.recipes.finetune import FinetuneConfig, finish, prepare
 from tameformer.recipes.init_from import begun
-from tameformer.training import CheckpointFolder, Engine, Run, mean_metrics
+from tameformer.training import CheckpointFolder, Engine, Run
 from tameformer.training.step import Batch
 
 PREPROCESSING = "preprocessing.json"
@@ -237,21 +238,9 @@ def classification_loss(model: nn.Module, batch: Batch, *, label_smoothing: floa
 
 def evaluate(engine: Engine, model: nn.Module, *, source: ImageSource, batch_size: int) -> dict[str, float]:
     """Mean cross-entropy, and the share of images whose class was recognized."""
-    batches = single_pass(
-        source, SequentialBatches(len(source), batch_size), rank=engine.rank, world_size=engine.world_size
-    )
-    return mean_metrics(engine, model, batches, measure)
+    return one_pass(engine, model, source, SequentialBatches(len(source), batch_size), measure)
 
 
 def measure(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     """Sums over a batch of images."""
     return class_sums(model(batch["images"]), batch["labels"])
-
-
-def class_sums(logits: Tensor, labels: Tensor) -> Mapping[str, Tensor]:
-    """Cross-entropy and right answers, summed over the samples."""
-    logits = logits.float()
-    return {
-        "loss": F.cross_entropy(logits, labels, reduction="sum"),
-        "accuracy": (logits.argmax(-1) == labels).sum(),
-    }
