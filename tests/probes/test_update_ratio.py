@@ -5,6 +5,7 @@ from torch import nn
 from tameformer.models import EncoderConfig, encoder
 from tameformer.patch import Observation
 from tameformer.probes.update_ratio import UpdateRatio, sampled
+from tameformer.stabilizers.sigma_reparam import sigma_reparam
 
 
 def observe(model, optimizer, probe, loss):
@@ -110,3 +111,34 @@ def test_half_precision_weights_are_compared_in_fp32():
 def test_refuses_entries_that_runs_do_not_divide(entries):
     with pytest.raises(ValueError, match=f"multiple of 32, got {entries}"):
         UpdateRatio(nn.Linear(2, 2), entries=entries)
+
+
+def test_a_weight_that_sigma_reparam_computes_is_measured_as_it_acts():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+    layer = model.layers[0]
+    sigma_reparam(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def acting():
+        with torch.no_grad():
+            return {
+                "linear1": layer.linear1.weight.double(),
+                "linear2": layer.linear2.weight.double(),
+                "self_attn.out_proj": layer.self_attn.out_proj.weight.double(),
+                **{
+                    f"self_attn.in_proj[{i}]": p.double() for i, p in enumerate(layer.self_attn.in_proj_weight.chunk(3))
+                },
+            }
+
+    probe = UpdateRatio(model)
+    for _ in range(5):
+        optimizer.zero_grad()
+        batch, before = torch.randn(4, 8, 16), acting()
+        values = observe(model, optimizer, probe, lambda batch=batch: (model(batch) * torch.linspace(-1, 1, 16)).sum())
+        after = acting()
+    assert not probe.unseen
+    assert values.keys() == {f"diag/update_ratio/layers.0.{name}" for name in before}
+    for name in before:
+        exact = (after[name] - before[name]).norm() / before[name].norm()
+        torch.testing.assert_close(values[f"diag/update_ratio/layers.0.{name}"], exact.float(), rtol=1e-2, atol=0)

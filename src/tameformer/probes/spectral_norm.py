@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
@@ -18,6 +17,7 @@ from tameformer.nn.embedding import TokenEmbedding
 from tameformer.nn.positions import LearnedPositions
 from tameformer.patch import unwrapped
 from tameformer.probes.probe import Probe
+from tameformer.shapes import Float
 
 Where = Callable[[nn.Module, nn.Parameter], bool]
 """Whether a parameter is meant, from the module that owns it and the parameter."""
@@ -90,7 +90,7 @@ class SpectralNorm(Probe):
         self.cold_steps, self.steps = cold_steps, steps
         self.unseen = self._unseen = {}
         self._slots = weight_slots(model, where, self._unseen)
-        self._known = _known_spectra(model)
+        self._known = transparent(model)
         for name in self._known:
             self._unseen.pop(name, None)
         self._right: dict[tuple[str, ...], Tensor] = {}  # by the names of matrices that go through products together
@@ -120,9 +120,7 @@ class SpectralNorm(Probe):
                 self._unseen[name] = f"a {type(chain.original).__name__}, of which this process may hold a part only"
                 continue
             norms, squares = cast(Any, chain[0]).spectra()
-            labels = (
-                [weight_label(name)] if len(norms) == 1 else [f"{weight_label(name)}[{i}]" for i in range(len(norms))]
-            )
+            labels = part_labels(name, len(norms))
             ranks = _rank(squares, norms)
             self._values.update(zip((f"diag/spectral_norm/{label}" for label in labels), norms.unbind(), strict=True))
             self._values.update(zip((f"diag/stable_rank/{label}" for label in labels), ranks.unbind(), strict=True))
@@ -164,8 +162,8 @@ def weight_slots(model: nn.Module, where: Where, unseen: dict[str, str]) -> dict
     return slots
 
 
-def _known_spectra(model: nn.Module) -> dict[str, ParametrizationList]:
-    """By the name of the weight, lone parametrizations that know its spectrum; each once."""
+def transparent(model: nn.Module) -> dict[str, ParametrizationList]:
+    """By the name of the weight, lone parametrizations that say what they make of it, as sigmaReparam's does; each once."""
     found: dict[str, ParametrizationList] = {}
     taken: set[nn.Module] = set()
     for name, module in unwrapped(model).named_modules():
@@ -174,6 +172,17 @@ def _known_spectra(model: nn.Module) -> dict[str, ParametrizationList]:
             if hasattr(module[0], "spectra"):
                 found[name.replace("parametrizations.", "")] = module
     return found
+
+
+def part_labels(name: str, parts: int) -> list[str]:
+    """A label for each part of a weight.
+
+    Example:
+        >>> part_labels("attn.qkv.weight", 3), part_labels("attn.out.weight", 1)
+        (['attn.qkv[0]', 'attn.qkv[1]', 'attn.qkv[2]'], ['attn.out'])
+    """
+    label = weight_label(name)
+    return [label] if parts == 1 else [f"{label}[{part}]" for part in range(parts)]
 
 
 def weight_label(name: str) -> str:

@@ -15,13 +15,13 @@ from operator import truediv
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import ParametrizationList
 
 from tameformer.errors import PatchError
 from tameformer.optim.followed import Followed
+from tameformer.shapes import Float
 from tameformer.stabilizers.power_iteration import image_and_sigma, leading_left, power_steps
 from tameformer.stabilizers.weight_parts import Parts
 
@@ -144,10 +144,17 @@ class SigmaReparam(nn.Module):
         The spectral norm is |gamma|, as near as the singular vectors follow the weight: no power step is needed for it.
         """
         with _full_precision(self.left.device):
-            matrices, lefts = self._matrices(self.weight.detach()), self.parts.split(self.left)
-            sigmas = torch.stack([image_and_sigma(*one)[1] for one in zip(matrices, lefts, strict=True)])
+            matrices, factors = self.scaled_parts()
             squares = torch.stack([dot(one, one) for one in matrices])
-            return self.gamma.abs(), squares * (self.gamma / sigmas).square()
+            return self.gamma.abs(), squares * factors.square()
+
+    @torch.no_grad()
+    def scaled_parts(self) -> tuple[list[Tensor], Tensor]:
+        """The parts of the stored weight, and by what each is multiplied in the effective weight, (parts,)."""
+        with _full_precision(self.left.device):
+            matrices = self._matrices(self.weight.detach())
+            sigmas = [image_and_sigma(*one)[1] for one in zip(matrices, self.parts.split(self.left), strict=True)]
+            return matrices, self.gamma / torch.stack(sigmas)
 
     def reset_parameters(self) -> None:
         """Start over from the stored weight as it is now: after values were given to a model built on the meta device."""
