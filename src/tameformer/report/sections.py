@@ -23,7 +23,9 @@ from tameformer.report.trouble import Trouble, first_trouble
 from tameformer.report.verdict import best
 from tameformer.report.wording import direction, label, quantity
 
-UNDRAWN = ("epoch", "perf/elapsed_seconds", "perf/step_seconds", "perf/data_wait", "train/clip_rate")
+UNDRAWN = (
+    "epoch", "perf/elapsed_seconds", "perf/step_seconds", "perf/data_wait", "train/clip_rate", "train/grad_norm_max",
+)  # fmt: skip
 SHOWN_FIRST = ("train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_second", "perf/samples_per_second")
 
 
@@ -103,7 +105,9 @@ def _named_chart(run: Run, key: str, trouble: Trouble | None) -> list[Chart]:
     if key == "train/grad_norm":
         rate = run.log.get("train/clip_rate")
         lower = None if rate is None else Line("share of steps clipped", rate, PURPLE)
-        lines = [Line("norm before clipping", series)]
+        largest = run.log.get("train/grad_norm_max")
+        lines = [] if largest is None else [Line("largest between two records", largest, look="faint")]
+        lines.append(Line("mean before clipping", series))
         return [line_chart("Gradient norm", lines, last_step=last, log=True, lower=lower)]
     if key == "train/lr":
         return [line_chart("Learning rate", [Line("", series)], last_step=last, log=False)]
