@@ -36,7 +36,8 @@ BASE = {
     "model.positions": "rotary",
     "data.train_samples": TEXTS,
     "num_train_epochs": EPOCHS,
-    "evals_per_epoch": 1,
+    "evals_per_epoch": None,
+    "loop.eval_steps": 1_000_000,  # at the end only, where it is the result
     "precision": "fp32",
     "checkpoint.best_metric": None,
     **{f"probes.{field.name}": None for field in fields(ProbesConfig)},
