@@ -1,11 +1,10 @@
 """`tame race RECIPE --budget 20`: many seeds started, judged early, a few trained to the end."""
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
+
+from tameformer.cli.study import STUDY_ERRORS, fail, failed, open_console, parse_call, say_stopped, study_parser
 
 USAGE = """\
 usage: tame race RECIPE --budget RUNS [--vary KEY=VALUE,VALUE] [--a.b=value ...]
@@ -43,103 +42,49 @@ Exit codes: 0 the race is over, diverged runs among it or not; 1 some failed; 2 
 
 def main(arguments: Sequence[str]) -> int:
     """Run what is left of the race, print and write the results; returns the exit code."""
-    given = list(arguments)
-    if not given or given[0] in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0 if given else 2
-    if given[0].startswith("-"):
-        return _fail("the recipe comes first: tame race RECIPE --budget 20 ...", 2)
-    try:
-        own, rest = _parser().parse_known_args(given[1:])
-    except SystemExit:
-        return 2
-    if "--help" in rest or "-h" in rest:
-        print(USAGE, end="")
-        return 0
+    parser = _parser()
+    call = parse_call(arguments, parser, usage=USAGE, example="tame race RECIPE --budget 20 ...")
+    if isinstance(call, int):
+        return call
+    recipe, own, rest = call
     if own.budget is None:
-        return _fail("--budget is missing: what may be spent, in whole runs, such as --budget 20", 2)
+        return fail(parser.prog, "--budget is missing: what may be spent, in whole runs, such as --budget 20", 2)
 
     # From here on torch is needed; the usage above is shown without it.
-    from rich.console import Console
-
-    from tameformer.cli.compare import log_to, silence_optuna
-    from tameformer.cli.compare_view import GridProgress, as_rich
-    from tameformer.errors import ConfigError, TameError
-    from tameformer.studies.cells import State
-    from tameformer.studies.grid import Cell, parse_vary
-    from tameformer.studies.race import PAGE, conclude, default_folder, make_race, run_race
-    from tameformer.studies.race_page import summary_tables
-    from tameformer.studies.workers import Running
+    from tameformer.cli.race_view import print_plan, print_results, stage_display
+    from tameformer.studies.grid import parse_vary
+    from tameformer.studies.race import conclude, default_folder, make_race, run_race
     from tameformer.training.signals import StopRequest
 
-    console = Console(stderr=True)
-    log_to(console)
-    if own.storage is not None:
-        silence_optuna()
-    folder = own.output_dir or default_folder(given[0])
-
-    def show(shown: ExitStack) -> Callable[..., Callable[[Sequence[Running]], None]]:
-        def on_stage(name: str, cells: Sequence[Cell], ends: Sequence[State]) -> Callable[[Sequence[Running]], None]:
-            shown.close()  # the live display of the stage before
-            console.print(f"{name}: {len(cells)} runs", highlight=False, soft_wrap=True)
-            return shown.enter_context(GridProgress(console, folder, cells, ends=ends)).show
-
-        return on_stage
-
+    console = open_console(own.storage)
+    folder = own.output_dir or default_folder(recipe)
     try:
         planned = make_race(
-            given[0], rest, parse_vary(own.vary), budget=own.budget, share=own.share, starts=own.starts,
+            recipe, rest, parse_vary(own.vary), budget=own.budget, share=own.share, starts=own.starts,
             continued=own.continued, metric=own.metric, failed=own.failed, run_all=own.run_all,
         )  # fmt: skip
-        plan = planned.plan
-        console.print(
-            f"{plan.starts} starts to {plan.share:g} of the run, {plan.continued} to its end: {plan.cost:g} whole runs"
-            + (", and the rest to see what stopping misses" if own.run_all else ""),
-            highlight=False,
-            soft_wrap=True,
-        )
+        print_plan(console, planned.plan, run_all=own.run_all)
         with StopRequest() as stop, ExitStack() as shown:
             run_race(
                 planned, folder, jobs=own.jobs, retry_failed=own.retry_failed, storage=own.storage, stop=stop,
-                on_stage=show(shown),
+                on_stage=stage_display(console, folder, shown),
             )  # fmt: skip
         results = conclude(planned, folder)
-    except KeyboardInterrupt:  # before the first run was started
-        return 130
-    except ConfigError as error:
-        return _fail(error, 2)
-    except (TameError, ValueError, OSError, ImportError) as error:
-        return _fail(error, 1)
-    out = Console(width=None if sys.stdout.isatty() else 120)
-    for table in summary_tables(results):
-        if table.rows:
-            out.print(as_rich(replace(table, rows=table.rows[:20])))
-    if results.best is not None:
-        out.print(f"best model: {folder / results.best.name}", highlight=False, markup=False, soft_wrap=True)
-    out.print(f"page: {folder / PAGE}", highlight=False, markup=False, soft_wrap=True)
+    except STUDY_ERRORS as error:
+        return failed(parser.prog, error)
+    print_results(results, folder)
     if stop.signal_number is not None:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        say_stopped()
         return stop.exit_code
     return 0 if results.is_over and not results.counts().get("failed", 0) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tame race", add_help=False, allow_abbrev=False)
+    parser = study_parser("race")
     parser.add_argument("--budget", type=float)
     parser.add_argument("--share", type=float, default=0.3)
     parser.add_argument("--starts", type=int)
     parser.add_argument("--continue", type=int, dest="continued")
-    parser.add_argument("--vary", action="append", default=[])
     parser.add_argument("--run_all", action="store_true")
-    parser.add_argument("--metric")
     parser.add_argument("--failed", type=float)
-    parser.add_argument("--output_dir", type=Path)
-    parser.add_argument("--jobs", type=int)
-    parser.add_argument("--storage")
-    parser.add_argument("--retry_failed", action="store_true")
     return parser
-
-
-def _fail(error: object, code: int) -> int:
-    print(f"tame race: {error}", file=sys.stderr)
-    return code
