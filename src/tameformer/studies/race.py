@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from tameformer.recipes import catalogue
 from tameformer.report.wording import direction
 from tameformer.studies.cells import SETTLED, State, state_of
 from tameformer.studies.compare import as_argument, check_question, claim_folder, forget_failures, num_gpus
-from tameformer.studies.grid import Cell, Grid, make_grid
-from tameformer.studies.race_plan import SHARE, Plan, pairs, solve
+from tameformer.studies.grid import Cell, make_grid
+from tameformer.studies.race_plan import SHARE, Race, pairs, solve
 from tameformer.studies.race_results import RaceResults, early_value, read_race
 from tameformer.studies.shared import open_queue
 from tameformer.studies.workers import Running, places, train_command, work
@@ -22,34 +21,6 @@ from tameformer.training.signals import StopRequest
 PAGE = "race.html"
 ORDER = "data_seed"
 JUDGED: tuple[State, ...] = (*SETTLED, "paused")
-
-
-@dataclass(frozen=True)
-class Race:
-    """Everything that says which runs start, when they are judged, and how many go on."""
-
-    grid: Grid
-    """Seeds of weights are its seeds; the last factor is the order of the data."""
-    plan: Plan
-    budget: float
-    metric: str
-    mode: str
-    """Whether the best value is the smallest (min) or the largest (max)."""
-    failed: float | None
-    """A run that is no better than this has failed; None takes what each had before training."""
-    run_all: bool
-    """Whether all go on, which shows what stopping would have missed."""
-
-    @property
-    def cells(self) -> tuple[Cell, ...]:
-        """All runs, pair of seeds by pair of seeds, each with all variants."""
-        numbers = {(str(cell.seed), cell.choices[-1].label): [] for cell in self.grid.cells}
-        for cell in self.grid.cells:
-            numbers[str(cell.seed), cell.choices[-1].label].append(cell)
-        variants = len(self.grid.cells) // len(numbers)
-        return tuple(
-            cell for weights, order in pairs(self.plan.starts // variants) for cell in numbers[str(weights), str(order)]
-        )
 
 
 def race(
@@ -223,10 +194,7 @@ def chosen(race: Race, folder: Path) -> list[Cell]:
 
 def conclude(race: Race, folder: Path) -> RaceResults:
     """Read all runs, and write the results beside them."""
-    results = read_race(
-        folder, race.grid, race.cells, [cell.name for cell in chosen(race, folder)],
-        plan=race.plan, budget=race.budget, metric=race.metric, mode=race.mode, failed=race.failed, run_all=race.run_all,
-    )  # fmt: skip
+    results = read_race(race, folder, [cell.name for cell in chosen(race, folder)])
     from tameformer.studies.race_page import write_page  # here: matplotlib takes as long to import as a run to start
     from tameformer.studies.race_write import write_results
 

@@ -9,6 +9,7 @@ from fractions import Fraction
 from math import ceil, floor
 
 from tameformer.errors import ConfigError
+from tameformer.studies.grid import Cell, Grid
 
 SHARE = 0.3
 
@@ -117,3 +118,31 @@ def pairs(count: int) -> list[tuple[int, int]]:
             found += [(side, other), (other, side)]
         side += 1
     return found[:count]
+
+
+@dataclass(frozen=True)
+class Race:
+    """Everything that says which runs start, when they are judged, and how many go on."""
+
+    grid: Grid
+    """Seeds of weights are its seeds; the last factor is the order of the data."""
+    plan: Plan
+    budget: float
+    metric: str
+    mode: str
+    """Whether the best value is the smallest (min) or the largest (max)."""
+    failed: float | None
+    """A run that is no better than this has failed; None takes what each had before training."""
+    run_all: bool
+    """Whether all go on, which shows what stopping would have missed."""
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """All runs, pair of seeds by pair of seeds, each with all variants."""
+        numbers = {(str(cell.seed), cell.choices[-1].label): [] for cell in self.grid.cells}
+        for cell in self.grid.cells:
+            numbers[str(cell.seed), cell.choices[-1].label].append(cell)
+        variants = len(self.grid.cells) // len(numbers)
+        return tuple(
+            cell for weights, order in pairs(self.plan.starts // variants) for cell in numbers[str(weights), str(order)]
+        )

@@ -10,7 +10,7 @@ from tameformer.errors import ConfigError
 from tameformer.record import BEST, LOG, RunReader
 from tameformer.studies.cells import State, read_cell
 from tameformer.studies.grid import Cell, Grid
-from tameformer.studies.race_plan import Plan
+from tameformer.studies.race_plan import Plan, Race
 from tameformer.studies.race_statistics import Effect, Share, effects, expected_max, rank_correlation, share
 from tameformer.studies.results import CellResult
 from tameformer.studies.statistics import Interval, interval
@@ -211,27 +211,29 @@ class RaceResults:
         )
 
 
-def read_race(
-    folder: Path,
-    grid: Grid,
-    cells: Sequence[Cell],
-    goes_on: Sequence[str],
-    *,
-    plan: Plan,
-    budget: float,
-    metric: str,
-    mode: str,
-    failed: float | None,
-    run_all: bool,
-) -> RaceResults:
+def read_race(race: Race, folder: Path, goes_on: Sequence[str]) -> RaceResults:
     """What the runs of a race say.
+
+    Args:
+        race: Which runs there are.
+        folder: Where they are.
+        goes_on: The names of those that are continued.
 
     Raises:
         ConfigError: The runs did not measure the metric.
         RecordError: A log is damaged.
     """
-    entrants = tuple(_entrant(folder / cell.name, cell, metric, cell.name in goes_on) for cell in cells)
-    return RaceResults(folder, grid, plan, budget, metric, mode, failed, run_all, entrants)
+    return RaceResults(
+        folder,
+        grid=race.grid,
+        plan=race.plan,
+        budget=race.budget,
+        metric=race.metric,
+        mode=race.mode,
+        failed_at=race.failed,
+        run_all=race.run_all,
+        entrants=tuple(_entrant(folder / cell.name, cell, race.metric, cell.name in goes_on) for cell in race.cells),
+    )
 
 
 def _entrant(run: Path, cell: Cell, metric: str, goes_on: bool) -> Entrant:
