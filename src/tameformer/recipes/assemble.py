@@ -99,17 +99,8 @@ def assemble(
     if isinstance(model, Architecture):
         kept[ARCHITECTURE], model = model.to_plain(), seeded(config.seed, model.build)
     batches = partial(stream, source, plan, accumulation=config.gradient_accumulation_steps)
-    try:  # before the optimizers exist, so that new parameters reach them
-        _, loss, profiled = apply_methods(
-            model,
-            config.methods,
-            loss,
-            batches=partial(_first_step, model, batches),
-            mask=mask,
-            profiled=read_profile(folder),
-        )
-    except ValueError as error:
-        raise ConfigError(f"stabilize: {error}") from error
+    # Before the optimizers exist, so that new parameters reach them.
+    loss, profiled = _stabilized(config, model, loss, partial(_first_step, model, batches), mask, folder)
     if profiled:
         kept[PROFILE] = profiled
     texts = {name: json.dumps(values, indent=1) + "\n" for name, values in kept.items()}
@@ -140,6 +131,24 @@ def assemble(
         loop=config.loop,
         checkpoint=config.checkpoint,
     )
+
+
+def _stabilized(
+    config: RecipeConfig,
+    model: nn.Module,
+    loss: Loss,
+    batches: Callable[[], list[Batch]],
+    mask: Callable[[Batch], Masks],
+    folder: Path | None,
+) -> tuple[Loss, dict[str, Any]]:
+    """Apply the methods that the configuration names; returns the loss from now on, and what profiles gave."""
+    try:
+        _, loss, profiled = apply_methods(
+            model, config.methods, loss, batches=batches, mask=mask, profiled=read_profile(folder)
+        )
+    except ValueError as error:
+        raise ConfigError(f"stabilize: {error}") from error
+    return loss, profiled
 
 
 def frequencies(source: Source, num_classes: int, *, most: int = 256) -> np.ndarray:

@@ -78,8 +78,7 @@ def heat_map(
     rows, cells, present, extent = _grid(probe, probe.values, probe.measured, keep)
     drawn = present & np.isfinite(cells) & (np.abs(np.nan_to_num(cells)) < OFF_SCALE)
     norm = _color_scale(cells[drawn], share=share, scale=scale)
-    shades = np.ma.filled(norm(np.where(drawn, cells, float(norm.vmin or 0.0))), 0.0)
-    colors = matplotlib.colormaps["viridis"](np.round(shades * SHADES) / SHADES, bytes=True)
+    colors = _shaded(cells, drawn, norm)
     if some is not None and some.any():
         colors[_grid(probe, some.astype(float), some, "largest")[2]] = (*_bytes(PARTLY), 255)
     colors[present & ~drawn] = (*_bytes(BROKEN), 255)
@@ -113,16 +112,7 @@ def heat_map(
         notes.append(f"The rows are {prefix}*{suffix}{', in each its heads from the top' if with_heads else ''}.")
     if cells.shape[1] < len(probe.steps) or len(rows) < len(probe.rows):
         notes.append(f"Where several measurements fall into one cell, the {keep} is drawn.")
-    broken = probe.measured & ~np.isfinite(probe.values)
-    legend = []
-    if some is not None and some.any():
-        first = int(probe.steps[some.any(axis=0)][0])
-        legend.append((f"some heads not finite: {int(some.sum()):,}, first at step {first:,}", PARTLY, "box"))
-    if broken.any():
-        first = int(probe.steps[broken.any(axis=0)][0])
-        legend.append((f"not finite: {int(broken.sum()):,}, first at step {first:,}", BROKEN, "box"))
-    elif (present & ~drawn).any():
-        legend.append((f"beyond {OFF_SCALE:g}", BROKEN, "box"))
+    legend = _legend(probe, some, off_scale=bool((present & ~drawn).any()))
     if (~present).any():
         legend.append(("not measured, or without a ceiling" if share else "not measured", "#c9d0d6", "box"))
     return Chart(title, svg, " ".join(notes), wide=wide, legend=tuple(legend))
@@ -185,6 +175,29 @@ def _color_scale(finite: np.ndarray, *, share: bool, scale: Literal["linear", "l
     if low == high:
         low, high = low - max(abs(low), 1.0) / 2, high + max(abs(high), 1.0) / 2
     return Normalize(low, high, clip=True)
+
+
+def _shaded(cells: np.ndarray, drawn: np.ndarray, norm: Normalize) -> np.ndarray:
+    """Colours of the cells that are drawn, shape (rows, columns, 4), in few enough steps to compress well."""
+    shades = np.ma.filled(norm(np.where(drawn, cells, float(norm.vmin or 0.0))), 0.0)
+    return matplotlib.colormaps["viridis"](np.round(shades * SHADES) / SHADES, bytes=True)
+
+
+def _legend(probe: Probe, some: np.ndarray | None, *, off_scale: bool) -> list[tuple[str, str, str]]:
+    """What is not finite, how much of it, and since when."""
+
+    def told(where: np.ndarray) -> str:
+        return f"{int(where.sum()):,}, first at step {int(probe.steps[where.any(axis=0)][0]):,}"
+
+    broken = probe.measured & ~np.isfinite(probe.values)
+    legend = []
+    if some is not None and some.any():
+        legend.append((f"some heads not finite: {told(some)}", PARTLY, "box"))
+    if broken.any():
+        legend.append((f"not finite: {told(broken)}", BROKEN, "box"))
+    elif off_scale:
+        legend.append((f"beyond {OFF_SCALE:g}", BROKEN, "box"))
+    return legend
 
 
 def _bytes(color: str) -> tuple[int, int, int]:

@@ -97,24 +97,8 @@ def train_step(
     num_items, stops = engine.sum([sum(batch["num_items"] for batch in micro_batches), stop_requested])
     # DDP averages gradients over processes; the factor world_size turns its mean into the sum that is meant.
     scale = torch.full((), engine.world_size / num_items, device=engine.device)
-    backward = _Backward(
-        engine, model, loss, [part for batch in micro_batches for part in in_parts(batch, parts)], scale
-    )
-    try:
-        loss_sum = backward.run()
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        if parts >= max(num_rows(batch) for batch in micro_batches):
-            raise OutOfMemoryError(
-                f"memory runs out with one sample at a time: {error}; try a smaller model"
-            ) from error
-        if backward.is_exchanging:
-            raise OutOfMemoryError(
-                f"memory ran out while gradients were exchanged between processes, which cannot be repeated: {error}; "
-                f"resume with twice the gradient_accumulation_steps"
-            ) from error
-        loss_sum = None
+    backward = _Backward(engine, model, loss, micro_batches, scale, parts=parts)
+    loss_sum = backward.run_if_memory_holds()
     if loss_sum is None:  # outside of the handler, whose error holds on to all activations
         _zero_grad(optimizers)
         gc.collect()
@@ -153,12 +137,24 @@ class _Backward:
         engine: Device and processes.
         model: As `engine.prepare` returned it.
         loss: Sum over the targets of a batch.
-        batches: One after the other.
+        micro_batches: One after the other.
         scale: Factor on the gradient.
+        parts: Pieces that each micro-batch is cut into.
     """
 
-    def __init__(self, engine: Engine, model: nn.Module, loss: Loss, batches: Sequence[Batch], scale: Tensor) -> None:
-        self._engine, self._model, self._loss, self._batches, self._scale = engine, model, loss, batches, scale
+    def __init__(
+        self,
+        engine: Engine,
+        model: nn.Module,
+        loss: Loss,
+        micro_batches: Sequence[Batch],
+        scale: Tensor,
+        *,
+        parts: int,
+    ) -> None:
+        self._engine, self._model, self._loss, self._scale = engine, model, loss, scale
+        self._micro_batches, self._parts = micro_batches, parts
+        self._batches = [part for batch in micro_batches for part in in_parts(batch, parts)]
         self._began = False
         self.is_exchanging = False
         """Whether the backward pass runs in which processes exchange gradients."""
@@ -177,6 +173,28 @@ class _Backward:
                 batch_loss.backward(self._scale)
             losses.append(batch_loss.detach())
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def run_if_memory_holds(self) -> Tensor | None:
+        """The same; None when memory ran out.
+
+        Raises:
+            OutOfMemoryError: Batches that can be cut no smaller, or processes that wait for each other's gradients.
+        """
+        try:
+            return self.run()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if self._parts >= max(map(num_rows, self._micro_batches)):
+                raise OutOfMemoryError(
+                    f"memory runs out with one sample at a time: {error}; try a smaller model"
+                ) from error
+            if self.is_exchanging:
+                raise OutOfMemoryError(
+                    f"memory ran out while gradients were exchanged between processes, which cannot be repeated: "
+                    f"{error}; resume with twice the gradient_accumulation_steps"
+                ) from error
+            return None
 
     def join(self) -> None:
         """Take part in the exchange that the other processes wait in, with one sample whose gradient nobody will use."""
