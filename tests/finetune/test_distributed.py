@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tameformer.errors import PatchError
 from tameformer.finetune import GradualUnfreezing, freeze, layer_decay_groups, mixout, prior_decay, reinit_top
+from two_processes import in_two
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 DATA = torch.linspace(-1, 1, 4 * 3 * 8).sin().view(4, 3, 8)
@@ -87,22 +87,11 @@ def with_fsdp(rank):
     return state(model), rates, torch.tensor(float(rank))
 
 
-def process(rank, works, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    try:
-        torch.save([work(rank) for work in works], f"{folder}/{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-
-
 def test_two_processes_fine_tune_as_one(tmp_path):
     model, _, rates = fine_tuned(itself, DATA)
     expected, start = state(model), state(model_of())
     assert (expected["2.weight"] - start["2.weight"]).abs().max() > 1e-2
-    mp.spawn(process, args=((with_ddp, with_fsdp), str(tmp_path)), nprocs=2)
-    for first, second in zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True):
+    for first, second in zip(*in_two((with_ddp, with_fsdp), tmp_path), strict=True):
         assert first[1] == second[1] == rates
         assert first[0].keys() == second[0].keys() == expected.keys()
         for name, value in expected.items():

@@ -1,4 +1,3 @@
-import json
 import math
 import warnings
 
@@ -7,6 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from callbacks import events
 from tameformer.errors import DivergedError
 from tameformer.health import GuardConfig
 
@@ -67,11 +67,6 @@ def fitted(folder, module, callbacks=(), resume=None, **options):
 
 def guarded(**options):
     return TameCallback(guard=GuardConfig(**options), probes=[])
-
-
-def events(folder, kind="step_skipped"):
-    lines = [json.loads(line) for line in (folder / "tame/events.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
 
 
 def assert_same(one, other):

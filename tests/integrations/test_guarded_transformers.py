@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from callbacks import events
 from tameformer.errors import DivergedError
 from tameformer.health import GuardConfig
 
@@ -68,11 +69,6 @@ def trainer(folder, data, callbacks=(), model=None, **options):
 
 def guarded(**options):
     return TameCallback(guard=GuardConfig(**options), probes=[])
-
-
-def events(folder, kind="step_skipped"):
-    lines = [json.loads(line) for line in (folder / "tame/events.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
 
 
 def assert_same(one, other):

@@ -1,4 +1,3 @@
-import json
 import math
 import warnings
 
@@ -7,9 +6,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from callbacks import Gradients, left_on, lines
 from tameformer.errors import RecordError
 from tameformer.models import DecoderConfig, decoder
-from tameformer.probes import AttentionEntropy, Probe
+from tameformer.probes import AttentionEntropy
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Lightning imports is not ours
@@ -19,23 +19,6 @@ with warnings.catch_warnings():
 from tameformer.integrations.lightning import TameCallback, watched_module
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice about workers, loggers and progress bars
-
-
-class Gradients(Probe):
-    """The norm of the gradients that the optimizer gets, and how far its update went from there."""
-
-    def __init__(self, parameters):
-        self.parameters, self.norm, self.before, self.moved = parameters, None, [], torch.tensor(0.0)
-
-    def on_gradients(self):
-        self.norm = torch.stack([p.grad.norm() for p in self.parameters if p.grad is not None]).norm()
-        self.before = [p.detach().clone() for p in self.parameters]
-
-    def on_update(self):
-        self.moved = sum((p.detach() - old).abs().sum() for p, old in zip(self.parameters, self.before, strict=True))
-
-    def read(self):
-        return {"diag/gradients/all": self.norm, "diag/moved/all": self.moved}
 
 
 def tokens(count):
@@ -93,14 +76,6 @@ def trainer(folder, callbacks=(), package=L, **options):
 
 def entropy_only(*args, every=1, **options):
     return TameCallback(*args, every=every, probes=[(AttentionEntropy(), every)], **options)
-
-
-def lines(folder, name="log.jsonl"):
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
-
-
-def left_on(model):
-    return [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
 
 
 def assert_nothing_left(training, module):

@@ -1,11 +1,11 @@
-import json
 import math
 
 import pytest
 import torch
 
+from callbacks import Gradients, left_on, lines
 from tameformer.errors import RecordError
-from tameformer.probes import AttentionEntropy, Probe
+from tameformer.probes import AttentionEntropy
 from tameformer.record import RunReader
 
 transformers = pytest.importorskip("transformers")
@@ -13,23 +13,6 @@ transformers = pytest.importorskip("transformers")
 from tameformer.integrations.transformers import TameCallback  # noqa: E402
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-
-
-class Gradients(Probe):
-    """The norm of all gradients that the optimizer gets, and whether the update came after them."""
-
-    def __init__(self, parameters):
-        self.parameters, self.norm, self.before, self.moved = parameters, None, [], torch.tensor(0.0)
-
-    def on_gradients(self):
-        self.norm = torch.stack([p.grad.norm() for p in self.parameters if p.grad is not None]).norm()
-        self.before = [p.detach().clone() for p in self.parameters]
-
-    def on_update(self):
-        self.moved = sum((p.detach() - old).abs().sum() for p, old in zip(self.parameters, self.before, strict=True))
-
-    def read(self):
-        return {"diag/gradients/all": self.norm, "diag/moved/all": self.moved}
 
 
 def bert():
@@ -75,14 +58,6 @@ def trainer(model, folder, callbacks=(), **options):
 
 def entropy_only(*args, every=1, **options):
     return TameCallback(*args, every=every, probes=[(AttentionEntropy(), every)], **options)
-
-
-def lines(folder, name="log.jsonl"):
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
-
-
-def left_on(model):
-    return [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
 
 
 def assert_nothing_left(trainer):

@@ -1,13 +1,13 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tameformer.errors import PatchError
 from tameformer.stabilizers.sigma_reparam import SigmaReparam, sigma_reparam
+from two_processes import in_two
 
 DATA = torch.linspace(-1, 1, 24).view(4, 6)
 
@@ -40,21 +40,6 @@ def alone():
     model = model_of()
     train(model, model.parameters(), DATA)
     return state(model)
-
-
-def in_two(works, tmp_path):
-    mp.spawn(_process, args=(works, str(tmp_path)), nprocs=2)
-    return [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-
-
-def _process(rank, works, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    try:
-        torch.save([work(rank) for work in works], f"{folder}/{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 def with_ddp(rank):
