@@ -5,13 +5,11 @@ random order; ratios are taken inside the round. Dropout is beside them as what 
 """
 
 import dataclasses
-import random
-import time
 from collections.abc import Callable, Sequence
 
 import torch
-from measure import Quartiles, quartiles
-from subjects import Size, mean_loss, model_of
+from measure import Quartiles, in_turns, ratio
+from subjects import Size, mean_loss, model_of, random_tokens
 from torch import nn
 from torch.optim import AdamW
 from write_up import Table, parser, set_threads, write
@@ -46,8 +44,7 @@ def step_of(size: Size, name: str, held: Held) -> Callable[[], object]:
     held(model, None)
     optimizer = AdamW(model.parameters(), lr=1e-4, fused=True)
     held(model, optimizer)
-    generator = torch.Generator().manual_seed(0)
-    tokens, targets = torch.randint(size.vocab_size, (2, size.batch, size.seq), generator=generator)
+    tokens, targets = random_tokens(size)
 
     def step() -> None:
         mean_loss(model, tokens, targets).backward()
@@ -59,22 +56,9 @@ def step_of(size: Size, name: str, held: Held) -> Callable[[], object]:
 
 def compare(size: Size, *, rounds: int, seed: int = 0) -> dict[str, Quartiles]:
     """By variant: time over the plain step."""
-    order = random.Random(seed)
     steps = {name: step_of(size, name, held) for name, held in variants().items()}
-    for step in steps.values():
-        step()
-        step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name in order.sample(sorted(steps), len(steps)):
-            begin = time.process_time()
-            steps[name]()
-            seconds[name].append(time.process_time() - begin)
-    return {
-        name: quartiles([mine / plain for mine, plain in zip(times, seconds["plain"], strict=True)])
-        for name, times in seconds.items()
-        if name != "plain"
-    }
+    seconds = in_turns(steps, rounds=rounds, seed=seed)
+    return {name: ratio(seconds, name, to="plain") for name in steps if name != "plain"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

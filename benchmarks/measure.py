@@ -155,6 +155,21 @@ def interleaved(
     return seconds
 
 
+def in_turns(calls: Mapping[str, Callable[[], object]], *, rounds: int, seed: int = 0) -> dict[str, list[float]]:
+    """Processor's seconds of each call in each round, in a new random order every time; two calls before are not counted."""
+    order = random.Random(seed)
+    for call in calls.values():
+        call()
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name in order.sample(sorted(calls), len(calls)):
+            begin = time.process_time()
+            calls[name]()
+            seconds[name].append(time.process_time() - begin)
+    return seconds
+
+
 def clock(timings: Timings, *, threads: int) -> dict[str, list[float]]:
     """Seconds by variant: the processor's with one thread (a preempted process does not age), else the wall clock's."""
     return {name: [pair[0 if threads == 1 else 1] for pair in pairs] for name, pairs in timings.items()}

@@ -8,15 +8,14 @@ that the published layers start from.
 """
 
 import dataclasses
-import random
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
-from measure import Quartiles, forget_peak, quartiles, resident
-from subjects import Size, mean_loss, model_of
+from measure import Quartiles, forget_peak, in_turns, quartiles, ratio, resident
+from subjects import Size, mean_loss, model_of, random_tokens
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim import AdamW
@@ -60,8 +59,7 @@ def step_of(size: Size, patch: Patch, *, micro_batches: int, dtype: torch.dtype)
     optimizer = AdamW(patched.groups(groups) if is_beside else groups, lr=1e-4, fused=True)
     if is_beside:
         patched.follow(optimizer)
-    generator = torch.Generator().manual_seed(0)
-    tokens, targets = torch.randint(size.vocab_size, (2, size.batch, size.seq), generator=generator)
+    tokens, targets = random_tokens(size)
 
     def step() -> None:
         for some, answers in zip(tokens.chunk(micro_batches), targets.chunk(micro_batches), strict=True):
@@ -78,22 +76,9 @@ def compare(
     size: Size, *, rounds: int, micro_batches: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> dict[str, Quartiles]:
     """By variant: time over the plain step."""
-    order = random.Random(seed)
     steps = {name: step_of(size, patch, micro_batches=micro_batches, dtype=dtype) for name, patch in patches().items()}
-    for step in steps.values():
-        step()
-        step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name in order.sample(sorted(steps), len(steps)):
-            begin = time.process_time()
-            steps[name]()
-            seconds[name].append(time.process_time() - begin)
-    return {
-        name: quartiles([mine / plain for mine, plain in zip(times, seconds["plain"], strict=True)])
-        for name, times in seconds.items()
-        if name != "plain"
-    }
+    seconds = in_turns(steps, rounds=rounds, seed=seed)
+    return {name: ratio(seconds, name, to="plain") for name in steps if name != "plain"}
 
 
 def growth(name: str, size: Size, dtype: torch.dtype) -> float:
@@ -180,10 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     start = Table("Start of sigma, over torch.linalg.svd", ["matrix", "times faster", "relative error, median"])
     for width in (160,) if given.quick else (768, 2048):
         found = starts(width, rounds=2 if given.quick else 3)
-        ratio, error = found["times faster"], found["error"]
-        assert isinstance(ratio, Quartiles)
-        raw[f"start {width}"] = {"times_faster": dataclasses.asdict(ratio), "error": error}
-        start.rows.append([f"{width} x {width}", ratio.show(1), f"{error:.1e}"])
+        faster, error = found["times faster"], found["error"]
+        assert isinstance(faster, Quartiles)
+        raw[f"start {width}"] = {"times_faster": dataclasses.asdict(faster), "error": error}
+        start.rows.append([f"{width} x {width}", faster.show(1), f"{error:.1e}"])
     follow = Table("Relative error of sigma while training, AdamW at 1e-3", ["updates", "median and quartiles, %"])
     size = Size(num_layers=1 if given.quick else 4, dim=32 if given.quick else 128, num_heads=4, seq=16, batch=8)
     for updates in (2,) if given.quick else (1, 20, 100, 200):

@@ -95,6 +95,14 @@ def mean_loss(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
 
 
+def random_tokens(size: Size) -> tuple[Tensor, Tensor]:
+    """A batch and its targets, without structure, always the same."""
+    tokens, targets = torch.randint(
+        size.vocab_size, (2, size.batch, size.seq), generator=torch.Generator().manual_seed(0)
+    )
+    return tokens, targets
+
+
 def random_windows(text: np.ndarray, size: Size) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches as a plain script draws them: windows at random places, stacked."""
     tokens = torch.from_numpy(text.astype(np.int64))

@@ -5,7 +5,6 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -20,6 +19,7 @@ from tameformer.stabilizers.qk_clip import LIVE, qk_clip, qk_clip_state
 from tameformer.stabilizers.qk_norm import qk_norm
 from tameformer.stabilizers.sigma_reparam import sigma_reparam
 from tameformer.stabilizers.soft_cap import soft_cap
+from two_processes import in_two
 
 IDS = torch.randint(0, 20, (4, 7), generator=torch.Generator().manual_seed(3))
 HF = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
@@ -406,40 +406,33 @@ def test_refusals():
     assert not any("forward" in vars(module) for module in [*model.modules(), *eager.modules()])
 
 
-def _process(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    try:
-        found = {}
-        for kind in ("ddp", "fsdp"):
-            for family in ("encoder", "gpt2-fused"):
-                model, _ = built(family)
-                qk_clip(model, threshold=2.0, alpha=0.3)
-                if kind == "ddp":
-                    wrapped = DistributedDataParallel(model)
-                else:
-                    wrapped = fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
-                argument = "tokens" if family == "encoder" else "input_ids"
-                optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
-                for _ in range(2):
-                    optimizer.zero_grad()
-                    for part in IDS.chunk(2)[rank].split(1):
-                        (output_of(wrapped(**{argument: part})).square().mean() / 2).backward()
-                    optimizer.step()
-                state = model.state_dict()
-                found[kind, family] = {
-                    **{k: (v.full_tensor() if hasattr(v, "full_tensor") else v) for k, v in state.items()},
-                    "clipped": next(iter(qk_clip_state(model).values())).times_clipped,
-                }
-        torch.save(found, f"{folder}/{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+def clipped(rank):
+    found = {}
+    for kind in ("ddp", "fsdp"):
+        for family in ("encoder", "gpt2-fused"):
+            model, _ = built(family)
+            qk_clip(model, threshold=2.0, alpha=0.3)
+            if kind == "ddp":
+                wrapped = DistributedDataParallel(model)
+            else:
+                wrapped = fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+            argument = "tokens" if family == "encoder" else "input_ids"
+            optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+            for _ in range(2):
+                optimizer.zero_grad()
+                for part in IDS.chunk(2)[rank].split(1):
+                    (output_of(wrapped(**{argument: part})).square().mean() / 2).backward()
+                optimizer.step()
+            state = model.state_dict()
+            found[kind, family] = {
+                **{k: (v.full_tensor() if hasattr(v, "full_tensor") else v) for k, v in state.items()},
+                "clipped": next(iter(qk_clip_state(model).values())).times_clipped,
+            }
+    return found
 
 
 def test_two_processes_clip_as_one(tmp_path):
-    mp.spawn(_process, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (first,), (second,) = in_two((clipped,), tmp_path)
     for (kind, family), found in first.items():
         model, run = built(family)
         qk_clip(model, threshold=2.0, alpha=0.3)
