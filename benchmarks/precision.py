@@ -15,7 +15,7 @@ from measure import clock, interleaved, quartiles, ratio
 from subjects import CHARACTER, TINY, bare, ours, run_of, same_windows, text_of
 from write_up import Table, parser, set_threads, write
 
-from tameformer.recipes.launch import settle_precision
+from tameformer.recipes.precision import settle_precision
 from tameformer.training.precision import PRECISIONS, candidates
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from tameformer.errors import CheckpointError
 from tameformer.health import Diagnosis, diagnose
 from tameformer.recipes.catalogue import resolve
-from tameformer.recipes.launch import find_checkpoint
+from tameformer.recipes.resume import find_checkpoint
 from tameformer.training import Run
 from tameformer.training import checkpoint as checkpoints_on_disk
 from tameformer.training.checkpoint import load_model_tensors, load_optimizer_tensors

@@ -30,7 +30,7 @@ from tameformer.patch import PatchHandle
 from tameformer.recipes import hugging_face
 from tameformer.recipes.assemble import ARCHITECTURE, read_profile, seeded
 from tameformer.recipes.catalogue import resolve
-from tameformer.recipes.launch import find_checkpoint
+from tameformer.recipes.resume import find_checkpoint
 from tameformer.recipes.stabilize import PROFILE, Settings, apply_methods, methods_of
 from tameformer.record import BEST
 from tameformer.stabilizers.norm_removal import NoNorm, is_norm, remove_norms

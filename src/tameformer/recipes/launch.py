@@ -2,55 +2,21 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tameformer import config as configuration
 from tameformer import report
-from tameformer.errors import CheckpointError, ConfigError
 from tameformer.recipes.catalogue import Recipe, resolve, with_values
+from tameformer.recipes.precision import settle_precision
+from tameformer.recipes.resume import check_drift, choose_folder, find_checkpoint, stored_values
 from tameformer.record import CONFIG, ENVIRONMENT, LOG, RunReader, RunWriter, write_atomically
 from tameformer.training import CheckpointFolder, Engine, Listener, Listeners, Loop, Run, StopRequest
 from tameformer.training import checkpoint as checkpoints_on_disk
 from tameformer.training.environment import environment
 from tameformer.training.faults import Faults, parse
 from tameformer.training.listeners import RecordListener, TensorBoardListener
-from tameformer.training.memory import Batch, in_parts, is_out_of_memory, num_rows
-from tameformer.training.precision import PRECISIONS, candidates, fastest
 from tameformer.training.watchdog import Watchdog
-
-# A resume may change these and still be the same run: they do not touch what is learned.
-_HARMLESS = (
-    "output_dir",
-    "precision",
-    "probes.",
-    "detectors.",
-    "loop.logging_steps",
-    "loop.eval_steps",
-    "loop.hang_timeout",
-    "loop.pause_after",
-    "checkpoint.",
-    "data.num_workers",
-)
-# These decide what the weights mean, or which samples a step sees; nothing learned so far would fit.
-_FUNDAMENTAL = (
-    "task",
-    "model.",
-    "data.",
-    "seed",
-    "data_seed",
-    "init_from",
-    "optim.name",
-    "overfit_batches",
-    "stabilize",
-    "finetune.mixout",  # with mixout_by: what is held, and toward what
-    "finetune.prior_decay",
-    "finetune.lora_rank",
-    "finetune.reinit_layers",
-)
 
 
 @dataclass(frozen=True)
@@ -128,7 +94,7 @@ def launch(
     checkpoint, skipped = find_checkpoint(folder, resume)
     drift = check_drift(folder, recipe) if checkpoint is not None else []
     if checkpoint is not None and recipe.config.precision == "auto":
-        recipe = with_values(recipe, precision=_stored_values(folder)["precision"])
+        recipe = with_values(recipe, precision=stored_values(folder)["precision"])
     run: Run = recipe.build(recipe.config, folder)
     recipe, timings = settle_precision(recipe, run, engine)
 
@@ -186,125 +152,6 @@ def _write_head(folder: Path, recipe: Recipe, run: Run, engine: Engine) -> None:
     write_atomically(folder / CONFIG, recipe.to_yaml())
     described = environment(world_size=engine.world_size)
     write_atomically(folder / ENVIRONMENT, json.dumps(described, indent=1, ensure_ascii=False) + "\n")
-
-
-def choose_folder(recipe: Recipe, resume: str) -> Path:
-    """The run folder: the one given, or the first free of runs/NAME, runs/NAME-2, ...; with a resume the last used.
-
-    Raises:
-        ConfigError: The folder given holds a run already, and `resume` does not say to continue it.
-    """
-    if resume not in ("auto", "never"):
-        path = Path(resume)
-        return path.parent.parent if path.parent.name == "checkpoints" else path
-    if recipe.config.output_dir is not None:
-        folder = Path(recipe.config.output_dir)
-        if resume == "never" and (folder / LOG).exists():
-            raise ConfigError(
-                f"{folder} holds a run already; continue it with --resume auto, or give another --output_dir"
-            )
-        return folder
-    number = 1
-    while (_numbered(recipe.name, number) / LOG).exists():
-        number += 1
-    return _numbered(recipe.name, max(1, number - 1) if resume == "auto" else number)
-
-
-def _numbered(name: str, number: int) -> Path:
-    return Path("runs") / (name if number == 1 else f"{name}-{number}")
-
-
-def find_checkpoint(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint to continue from, and why newer ones are passed over; None starts anew.
-
-    Raises:
-        CheckpointError: The one asked for does not verify, or all there are do not.
-    """
-    if resume == "never":
-        return None, []
-    if resume != "auto" and Path(resume).parent.name == "checkpoints":
-        checkpoints_on_disk.verify(Path(resume))
-        return Path(resume), []
-    found, skipped = CheckpointFolder(folder).newest_verified()
-    if found is None and (skipped or resume != "auto"):
-        raise CheckpointError(f"{folder} holds no sound checkpoint: {'; '.join(skipped) or 'there is none'}")
-    return found, skipped
-
-
-def check_drift(folder: Path, recipe: Recipe) -> list[str]:
-    """What differs between the folder's configuration and this one, one sentence a key.
-
-    Raises:
-        ConfigError: Something differs without which the weights so far mean nothing.
-    """
-    stored = configuration.flatten(_stored_values(folder))
-    ours = configuration.flatten({"task": recipe.task, **asdict(recipe.config)})
-    drift: list[str] = []
-    for key, value in ours.items():
-        value = list(value) if isinstance(value, tuple) else value
-        if key in stored and stored[key] != value and not key.startswith(_HARMLESS):
-            sentence = f"{key} was {stored[key]} and is {value}"
-            if key.startswith(_FUNDAMENTAL):
-                raise ConfigError(
-                    f"{folder} belongs to another configuration: {sentence}. "
-                    f"Repeat the command that began the run, or give another --output_dir"
-                )
-            drift.append(sentence)
-    return drift
-
-
-def _stored_values(folder: Path) -> dict[str, Any]:
-    return configuration.read_yaml(folder / CONFIG)
-
-
-def settle_precision(recipe: Recipe, run: Run, engine: Engine) -> tuple[Recipe, dict[str, float]]:
-    """Set the engine's precision; `auto` becomes the name of the fastest, timed on the first batch.
-
-    Gradients, weights and the random state are afterwards as they were.
-    """
-    name, timings = recipe.config.precision, {}
-    if name == "auto":
-        names = candidates(engine.device)
-        if len(names) > 1:
-            name, timings = _fastest_that_fits(names, run, engine)
-            name = engine.gather([name])[0]  # all processes do as the first
-        else:
-            name = names[0]
-    _set_precision(name, run, engine)
-    return with_values(recipe, precision=name), timings
-
-
-def _set_precision(name: str, run: Run, engine: Engine) -> None:
-    engine.autocast_dtype = PRECISIONS[name].autocast_dtype
-    run.set_attention_dtype(PRECISIONS[name].attention_dtype)
-
-
-def _fastest_that_fits(names: Sequence[str], run: Run, engine: Engine) -> tuple[str, dict[str, float]]:
-    """As `fastest`, on a part of the first micro-batch that memory suffices for; the run will find its parts itself."""
-    stream = run.batches(start=0, stop=1, rank=engine.rank, world_size=engine.world_size)
-    batch, parts = next(iter(stream))[0], 1
-    while True:
-        try:
-            return fastest(names, _rehearsal(run, engine, in_parts(batch, parts)[0]))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or parts >= num_rows(batch):
-                raise
-        parts *= 2
-
-
-def _rehearsal(run: Run, engine: Engine, batch: Batch):
-    """Forward and backward of one micro-batch in the precision named."""
-    batch = engine.place(batch)
-    run.model.to(engine.device).train()
-
-    def run_once(name: str) -> None:
-        _set_precision(name, run, engine)
-        with torch.random.fork_rng(devices=[]):
-            with engine.autocast():
-                loss = run.loss(run.model, batch)
-            torch.autograd.grad(loss, [p for p in run.model.parameters() if p.requires_grad], allow_unused=True)
-
-    return run_once
 
 
 def _opening_events(
