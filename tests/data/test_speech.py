@@ -10,9 +10,11 @@ from tameformer.data import SampleKeys
 from tameformer.data.augment.spectrum import SpecAugment
 from tameformer.data.buckets import TokenBuckets
 from tameformer.data.log_mel import FLOOR, LogMel
+from tameformer.data.manifest import Manifest
 from tameformer.data.speech import SpeechSource
+from tameformer.data.spoken_digits import DIGITS, DigitSequences, hold_out, spoken_digits
 from tameformer.data.tokenizers import CharTokenizer
-from tameformer.data.utterances import DIGITS, DigitSequences, Manifest, all_keys, alphabet, hold_out, spoken_digits
+from tameformer.data.utterances import all_keys, alphabet
 from tameformer.errors import DataError
 
 RATE = 1000

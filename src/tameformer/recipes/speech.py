@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from tameformer.data.augment.spectrum import SpecAugment
 from tameformer.data.buckets import LengthSortedBatches, TokenBuckets
 from tameformer.data.log_mel import LogMel
+from tameformer.data.manifest import Manifest
 from tameformer.data.speech import SpeechSource
+from tameformer.data.spoken_digits import DigitSequences, hold_out, spoken_digits
 from tameformer.data.tokenizers import CharTokenizer
-from tameformer.data.utterances import DigitSequences, Manifest, Utterances, alphabet, hold_out, spoken_digits
+from tameformer.data.utterances import Utterances, alphabet
 from tameformer.errors import ConfigError
 from tameformer.models import Architecture, RecurrentSpeechConfig, SpeechConfig
 from tameformer.models.ctc import ctc_beam_search, ctc_greedy
