@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib import colormaps
 
+from run_folders import picture, write_run
 from tameformer.cli.report import main
 from tameformer.errors import RecordError
 from tameformer.record import RunWriter
@@ -49,8 +50,8 @@ def headings(html: str) -> list[str]:
     return re.findall(r"<figure[^>]*>\s*<h3>(.*?)</h3>", html)
 
 
-def test_a_finished_run_shows_every_figure_number_and_text(tmp_path, make_run):
-    path = write_report(make_run(tmp_path / "digits"))
+def test_a_finished_run_shows_every_figure_number_and_text(tmp_path):
+    path = write_report(write_run(tmp_path / "digits"))
     html = path.read_text(encoding="utf-8")
     assert path == tmp_path / "digits" / "report.html"
     assert headings(html) == [
@@ -76,8 +77,8 @@ def test_a_finished_run_shows_every_figure_number_and_text(tmp_path, make_run):
     assert len(html) < 150_000
 
 
-def test_a_half_finished_run_says_so_and_names_the_collapsed_head(tmp_path, make_run):
-    folder = make_run(tmp_path / "run", steps=230, ending=None, collapse=(2, 1, 120))
+def test_a_half_finished_run_says_so_and_names_the_collapsed_head(tmp_path):
+    folder = write_run(tmp_path / "run", steps=230, ending=None, collapse=(2, 1, 120))
     html = write_report(folder).read_text()
     assert "Not finished: still running, or killed. The last record is of step 230 of 230." in html
     assert "encoder.blocks.2.attention, head 1 is below a tenth of its ceiling since step 120" in html
@@ -92,8 +93,8 @@ def test_a_half_finished_run_says_so_and_names_the_collapsed_head(tmp_path, make
     ]
 
 
-def test_a_diverged_run_marks_and_counts_what_is_not_finite(tmp_path, make_run):
-    html = write_report(make_run(tmp_path / "run", nan_from=260, ending="stop")).read_text()
+def test_a_diverged_run_marks_and_counts_what_is_not_finite(tmp_path):
+    html = write_report(write_run(tmp_path / "run", nan_from=260, ending="stop")).read_text()
     assert "Diverged: the loss is not finite since step 260; it was stopped at step 400." in html
     assert html.count("not finite: 15, first at step 260") == 2  # loss and gradient norm
     assert "not finite: 60, first at step 260" in html  # 15 steps of 4 layers
@@ -159,8 +160,8 @@ def test_every_probe_has_a_map_with_lines_beside_it_for_few_layers_and_panels_fo
     assert list(figures)[1] == "Update to weight ratio"  # known ones first, in the table's order
 
 
-def test_everything_from_the_run_is_escaped(tmp_path, make_run):
-    folder = make_run(tmp_path / "<b>run", layer_name=HOSTILE + "{}", layers=2, heads=2, nan_steps=(20,))
+def test_everything_from_the_run_is_escaped(tmp_path):
+    folder = write_run(tmp_path / "<b>run", layer_name=HOSTILE + "{}", layers=2, heads=2, nan_steps=(20,))
     writer = RunWriter(folder, resume_step=400)
     writer.event(400, HOSTILE, HOSTILE)
     writer.event(400, "break out", "</title></style></script></svg>" + HOSTILE)
@@ -177,8 +178,8 @@ def test_everything_from_the_run_is_escaped(tmp_path, make_run):
         assert not [name for _, name, _ in page.attributes if name.startswith("on")]
 
 
-def test_nothing_outside_the_file_is_referred_to(tmp_path, make_run):
-    path = write_report(make_run(tmp_path / "run"))
+def test_nothing_outside_the_file_is_referred_to(tmp_path):
+    path = write_report(write_run(tmp_path / "run"))
     for tag, name, value in page_of(path).attributes:
         if name in ("src", "href", "xlink:href", "action", "data", "poster", "srcset"):
             assert value.startswith(("#", "data:image/png;base64,")), (tag, name, value[:60])
@@ -186,8 +187,8 @@ def test_nothing_outside_the_file_is_referred_to(tmp_path, make_run):
     assert not re.search(r"https?://|@import|//[a-z]+\.", path.read_text().split("<body>")[0])
 
 
-def test_links_inside_the_drawings_meet_exactly_one_target(tmp_path, make_run):
-    attributes = page_of(write_report(make_run(tmp_path / "run", layers=12, heads=12))).attributes
+def test_links_inside_the_drawings_meet_exactly_one_target(tmp_path):
+    attributes = page_of(write_report(write_run(tmp_path / "run", layers=12, heads=12))).attributes
     ids = [value for _, name, value in attributes if name == "id"]
     links = {
         link
@@ -200,8 +201,8 @@ def test_links_inside_the_drawings_meet_exactly_one_target(tmp_path, make_run):
     assert len(ids) == len(set(ids))
 
 
-def test_a_large_run_stays_small_and_says_what_was_thinned(tmp_path, make_run):
-    folder = make_run(
+def test_a_large_run_stays_small_and_says_what_was_thinned(tmp_path):
+    folder = write_run(
         tmp_path / "run", steps=30_000, every=100, layers=48, heads=16, text=True, collapse=(30, 7, 20_000)
     )
     assert seconds_in_a_fresh_process(folder) < 8.0
@@ -211,13 +212,13 @@ def test_a_large_run_stays_small_and_says_what_was_thinned(tmp_path, make_run):
     assert "encoder.blocks.30.attention, head 7 is below a tenth" in html
 
 
-def test_the_same_run_gives_the_same_bytes(tmp_path, make_run):
-    folder = make_run(tmp_path / "run")
+def test_the_same_run_gives_the_same_bytes(tmp_path):
+    folder = write_run(tmp_path / "run")
     assert write_report(folder).read_bytes() == write_report(folder).read_bytes()
 
 
-def test_a_comparison_overlays_curves_and_lists_results_and_differing_settings(tmp_path, make_run):
-    folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", layers=2, seed=1, nan_from=260, ending="stop")]
+def test_a_comparison_overlays_curves_and_lists_results_and_differing_settings(tmp_path):
+    folders = [write_run(tmp_path / "a"), write_run(tmp_path / "b", layers=2, seed=1, nan_from=260, ending="stop")]
     html = write_comparison(folders, tmp_path / "out.html").read_text()
     rows = {
         row[0]: row[1:]
@@ -236,8 +237,8 @@ def test_a_comparison_overlays_curves_and_lists_results_and_differing_settings(t
     assert html.count("stroke: #d55e00") > 5
 
 
-def test_runs_of_the_same_name_are_told_apart(tmp_path, make_run):
-    folders = [make_run(tmp_path / parent / "run", steps=20) for parent in ("x", "y")]
+def test_runs_of_the_same_name_are_told_apart(tmp_path):
+    folders = [write_run(tmp_path / parent / "run", steps=20) for parent in ("x", "y")]
     html = write_comparison([*folders, folders[0]], tmp_path / "out.html").read_text()
     assert all(f">{name}</th>" in html for name in ("x/run (1)", "y/run", "x/run (2)"))
     with pytest.raises(ValueError, match="at least one run folder, got none"):
@@ -250,8 +251,8 @@ def test_a_folder_without_a_run_is_refused_and_nothing_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_writes_prints_and_exits_by_the_rules(tmp_path, make_run, capsys):
-    folder = make_run(tmp_path / "a", steps=20)
+def test_the_command_writes_prints_and_exits_by_the_rules(tmp_path, capsys):
+    folder = write_run(tmp_path / "a", steps=20)
     assert main([str(folder)]) == 0
     assert capsys.readouterr().out.strip() == str(folder / "report.html")
     assert main([str(folder), str(folder), "--out", str(tmp_path / "c.html")]) == 0
@@ -273,8 +274,8 @@ def seconds_in_a_fresh_process(folder: Path) -> float:
     return float(done.stdout.split()[-1])
 
 
-def test_a_two_minute_run_takes_less_than_three_processor_seconds(tmp_path, make_run):
-    folder = make_run(tmp_path / "run", steps=20_000, every=40, layers=6, heads=8)
+def test_a_two_minute_run_takes_less_than_three_processor_seconds(tmp_path):
+    folder = write_run(tmp_path / "run", steps=20_000, every=40, layers=6, heads=8)
     assert seconds_in_a_fresh_process(folder) < 3.0
 
 
@@ -302,10 +303,10 @@ frame.srcdoc = {page};
 
 
 @pytest.fixture(scope="module")
-def crowded_page(tmp_path_factory, make_run):
+def crowded_page(tmp_path_factory):
     """A page with long names and texts and all its details open."""
     folder = tmp_path_factory.mktemp("runs") / ("a_very_long_run_name_without_any_space" * 3)
-    make_run(folder, layers=12, heads=4, nan_steps=(50,))
+    write_run(folder, layers=12, heads=4, nan_steps=(50,))
     writer = RunWriter(folder, resume_step=400)
     writer.event(400, "stop_with_a_kind_that_is_very_long_indeed", "word" * 80)
     writer.close()
@@ -351,7 +352,7 @@ def probe_of(values: np.ndarray, measured: np.ndarray | None = None) -> Probe:
     return Probe("p", rows, steps, values, np.ones(values.shape, dtype=bool) if measured is None else measured)
 
 
-def test_heat_map_colours_are_viridis_of_the_share_with_red_and_grey_for_no_value(pixels):
+def test_heat_map_colours_are_viridis_of_the_share_with_red_and_grey_for_no_value():
     values = np.array([[0.0, 1.0, 2.0, math.nan], [0.5, math.inf, 2.0, 0.0]])
     ceiling = np.array([[2.0, 2.0, 2.0, 2.0], [2.0, 2.0, 0.0, math.nan]])
     chart = heat_map("t", share_of(probe_of(values), ceiling), last_step=30, share=True)
@@ -359,19 +360,19 @@ def test_heat_map_colours_are_viridis_of_the_share_with_red_and_grey_for_no_valu
     dark, middle, bright = [tuple(int(255 * x + 0.5) for x in viridis(share)[:3]) for share in (0.0, 32 / 63, 1.0)]
     quarter = tuple(int(255 * x + 0.5) for x in viridis(16 / 63)[:3])
     expected = np.array([[dark, middle, bright, red], [quarter, red, grey, grey]])
-    np.testing.assert_allclose(pixels(chart.svg), expected, atol=1)
+    np.testing.assert_allclose(picture(chart.svg), expected, atol=1)
     assert [text for text, _, _ in chart.legend] == [
         "not finite: 2, first at step 10",
         "not measured, or without a ceiling",
     ]
 
 
-def test_of_many_measurements_and_heads_the_lowest_stays_visible(pixels):
+def test_of_many_measurements_and_heads_the_lowest_stays_visible():
     values = np.ones((3000, 1000))
     values[1234, 567] = 0.01
     values[77, 8] = math.nan
     chart = heat_map("t", probe_of(values), last_step=9990, share=True, keep="lowest")
-    shown = pixels(chart.svg)
+    shown = picture(chart.svg)
     assert shown.shape[:2] == (1000, 80)
     assert [tuple(place) for place in np.argwhere(shown[:, :, 0] == 193)] == [(77 // 3, int(8.5 / 1000 * 80))]
     dark = np.argwhere((shown < 100).all(axis=2))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from matplotlib import colormaps
 
+from run_folders import picture, write_run
 from tameformer.record import RunWriter
 from tameformer.report import write_report
 from tameformer.report.heat_map import by_layer, heat_map
@@ -39,13 +40,13 @@ def test_a_layer_is_the_mean_of_its_finite_heads_and_tells_which_were_not():
     np.testing.assert_array_equal(some, [[False, True, False, False]])
 
 
-def test_a_map_marks_cells_with_all_and_with_some_heads_not_finite(pixels):
+def test_a_map_marks_cells_with_all_and_with_some_heads_not_finite():
     values = np.array([[0.0, NAN, NAN, 1.0], [0.0, 0.5, NAN, 1.0]])
     layers, some = by_layer(probe(values, layers=1))
     chart = heat_map("t", layers, last_step=30, share=True, some=some)
     ends = [tuple(int(255 * x + 0.5) for x in colormaps["viridis"](share)[:3]) for share in (0.0, 1.0)]
     expected = np.array([[ends[0], (255, 154, 162), (193, 18, 31), ends[1]]])
-    np.testing.assert_allclose(pixels(chart.svg), expected, atol=1)
+    np.testing.assert_allclose(picture(chart.svg), expected, atol=1)
     assert [text for text, _, _ in chart.legend] == [
         "some heads not finite: 1, first at step 10",
         "not finite: 1, first at step 20",
@@ -53,9 +54,9 @@ def test_a_map_marks_cells_with_all_and_with_some_heads_not_finite(pixels):
 
 
 @pytest.mark.parametrize(("scale", "shade"), [("log", 0.5), ("linear", 1 / 11)])
-def test_the_scale_of_the_colours_is_the_quantitys(pixels, scale, shade):
+def test_the_scale_of_the_colours_is_the_quantitys(scale, shade):
     layers, _ = by_layer(probe(np.array([[1.0, 10.0, 100.0]]), layers=1))
-    middle = pixels(heat_map("t", layers, last_step=20, scale=scale).svg)[0, 1]
+    middle = picture(heat_map("t", layers, last_step=20, scale=scale).svg)[0, 1]
     expected = np.array(colormaps["viridis"](round(shade * 63) / 63)[:3]) * 255
     np.testing.assert_allclose(middle, expected, atol=1.5)
 
@@ -135,8 +136,8 @@ def test_the_table_of_quantities_is_whole():
     assert quantity_of("own").heading == "Own"
 
 
-def test_the_trouble_is_marked_on_the_loss_and_told_with_its_lead(tmp_path, make_run):
-    folder = make_run(tmp_path / "run", nan_from=260, ending="stop", collapse=(2, 1, 120))
+def test_the_trouble_is_marked_on_the_loss_and_told_with_its_lead(tmp_path):
+    folder = write_run(tmp_path / "run", nan_from=260, ending="stop", collapse=(2, 1, 120))
     run = read_run(folder)
     found = first_trouble(run)
     assert found is not None

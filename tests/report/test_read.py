@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 
+from run_folders import write_run
 from tameformer.errors import RecordError
 from tameformer.report.read import clean, gather_probes, gather_series, parse_probe_key, read_run
 
@@ -45,8 +46,8 @@ def test_probe_rows_keep_the_layers_order_and_sort_the_heads():
     assert probe.measured.tolist() == [[True, False], [True, True], [True, False]]
 
 
-def test_a_ceiling_holds_until_the_next_one_and_is_unknown_before_the_first(tmp_path, make_run):
-    folder = make_run(tmp_path / "run", steps=0)
+def test_a_ceiling_holds_until_the_next_one_and_is_unknown_before_the_first(tmp_path):
+    folder = write_run(tmp_path / "run", steps=0)
     key, bound = "diag/entropy/a/0", "diag/entropy_max/a"
     lines = [{"step": step, key: 1.0} for step in range(4)]
     lines[1][bound], lines[3][bound] = 2.0, 3.0
@@ -56,8 +57,8 @@ def test_a_ceiling_holds_until_the_next_one_and_is_unknown_before_the_first(tmp_
     assert [probe.name for probe in run.drawn_probes()] == ["entropy"]
 
 
-def test_damaged_parts_become_remarks_and_a_torn_last_line_is_no_damage(tmp_path, make_run):
-    folder = make_run(tmp_path / "run")
+def test_damaged_parts_become_remarks_and_a_torn_last_line_is_no_damage(tmp_path):
+    folder = write_run(tmp_path / "run")
     (folder / "env.json").write_text("")
     (folder / "events.jsonl").write_text('{"step": 1, "ki{"step": 2}\n')
     with open(folder / "log.jsonl", "a") as file:
@@ -67,8 +68,8 @@ def test_damaged_parts_become_remarks_and_a_torn_last_line_is_no_damage(tmp_path
     assert [remark.split(" ")[0] for remark in run.remarks] == ["events.jsonl", "env.json"]
 
 
-def test_a_damaged_log_is_refused_with_its_line(tmp_path, make_run):
-    folder = make_run(tmp_path / "run", steps=0)
+def test_a_damaged_log_is_refused_with_its_line(tmp_path):
+    folder = write_run(tmp_path / "run", steps=0)
     (folder / "log.jsonl").write_text('{"step": 0}\nnonsense\n')
     with pytest.raises(RecordError, match=r"log.jsonl, line 2 is not a JSON object"):
         read_run(folder)

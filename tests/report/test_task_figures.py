@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 
+from run_folders import picture, write_run
 from tameformer.record import write_figure
 from tameformer.report import write_report
 from tameformer.report.task_figures import task_figures
@@ -19,17 +20,17 @@ PAGE = {
 }  # fmt: skip
 
 
-def test_pictures_keep_their_pixels(pixels):
+def test_pictures_keep_their_picture():
     (chart,), _, remarks = task_figures({"images": PAGE["images"]})
     assert not remarks
     # Two rows of 2 x 2 pictures with a gap of two white pixels.
     expected = np.full((6, 6), 255)
     expected[:2, :2], expected[:2, 4:], expected[4:, :2] = [[0, 255], [255, 0]], 9, [[50, 60], [70, 80]]
-    assert np.array_equal(pixels(chart.svg), np.repeat(expected[:, :, None], 3, axis=2))
+    assert np.array_equal(picture(chart.svg), np.repeat(expected[:, :, None], 3, axis=2))
 
 
-def test_everything_is_shown_and_escaped(tmp_path, make_run):
-    folder = make_run(tmp_path / "run")
+def test_everything_is_shown_and_escaped(tmp_path):
+    folder = write_run(tmp_path / "run")
     for name, figure in PAGE.items():
         write_figure(folder, name, figure)
     html = write_report(folder).read_text(encoding="utf-8")
@@ -41,9 +42,9 @@ def test_everything_is_shown_and_escaped(tmp_path, make_run):
     assert html.count("&lt;script&gt;") >= 6
 
 
-def test_a_figure_ends_no_run(tmp_path, make_run, caplog):
+def test_a_figure_ends_no_run(tmp_path, caplog):
     """Neither NaN, which a model that diverged has everywhere, nor a folder that cannot be written."""
-    folder = make_run(tmp_path / "run")
+    folder = write_run(tmp_path / "run")
     nan = float("nan")
     words = [{"heading": "Document 0", "lines": [[nan, [["good", nan]]]]}]
     write_figure(folder, "text", {**PAGE["text"], "passages": words})
@@ -57,8 +58,8 @@ def test_a_figure_ends_no_run(tmp_path, make_run, caplog):
     assert "the figure lines was not written" in caplog.text
 
 
-def test_what_cannot_be_drawn_is_told_and_the_rest_is_shown(tmp_path, make_run):
-    folder = make_run(tmp_path / "run")
+def test_what_cannot_be_drawn_is_told_and_the_rest_is_shown(tmp_path):
+    folder = write_run(tmp_path / "run")
     write_figure(folder, "lines", PAGE["lines"])
     write_figure(folder, "short", {**PAGE["lines"], "x": [1]})
     write_figure(folder, "new", {"kind": "hologram"})
