@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from tameformer.optim import AdaptiveClip
     from tameformer.patch import PatchHandle
     from tameformer.patch.heads import gate_heads, head_importance, prune_heads
-    from tameformer.recipes.export import Exported, export, load
+    from tameformer.recipes.export import Exported, export
+    from tameformer.recipes.exported import load
     from tameformer.recipes.launch import Result, train
     from tameformer.recipes.pretrained import load_pretrained
     from tameformer.stabilizers import (
@@ -68,7 +69,7 @@ _HOMES = {
     "head_importance": "tameformer.patch.heads",
     "gate_heads": "tameformer.patch.heads",
     "layer_scale": "tameformer.stabilizers",
-    "load": "tameformer.recipes.export",
+    "load": "tameformer.recipes.exported",
     "peri_norm": "tameformer.stabilizers",
     "prune_heads": "tameformer.patch.heads",
     "qk_clip": "tameformer.stabilizers",

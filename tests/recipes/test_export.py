@@ -371,15 +371,15 @@ def test_an_empty_folder_is_filled(run, tmp_path):
 STOPPED = """
 import os, signal, sys
 from tameformer.cli.__main__ import main
-from tameformer.recipes import export
+from tameformer.recipes import exported
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests in the background ignores it
-written = export.save_file
+written = exported.save_file
 def save_then_interrupt(*arguments):
     written(*arguments)
     os.kill(os.getpid(), signal.SIGINT)
 
-export.save_file = save_then_interrupt
+exported.save_file = save_then_interrupt
 sys.exit(main(["export", *sys.argv[1:]]))
 """
 

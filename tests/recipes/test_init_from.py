@@ -11,7 +11,7 @@ import tameformer as tame
 from tameformer.errors import ConfigError
 from tameformer.recipes import catalogue
 from tameformer.recipes.config import ProbesConfig
-from tameformer.recipes.export import load
+from tameformer.recipes.exported import load
 from tameformer.recipes.init_from import take_weights
 from tameformer.recipes.vision import VisionDataConfig, sources
 from tameformer.training.checkpoint import load as load_checkpoint

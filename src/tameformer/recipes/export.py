@@ -1,26 +1,15 @@
-"""From a run folder to a folder with an ordinary model, and back into a module; no data, no code and no pickle in it.
+"""From a run folder to a folder with an ordinary model (see `exported`); no data, no code and no pickle in it.
 
-    OUT/  config.json  model.safetensors  [tokenizer.json]  [preprocessing.json]
-
-`config.json` names a builder of ours, its arguments, and what no tensor says: methods that cannot be folded away, norms that
-were taken out, and the epsilon of norms that a folded method has changed. Of a run that began from a model of Hugging Face, OUT
-is a folder of that library.
+Of a run that began from a model of Hugging Face it is a folder of that library.
 """
 
 import json
-import math
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tameformer.errors import CheckpointError, ConfigError, PatchError
@@ -28,21 +17,28 @@ from tameformer.finetune import lora, plain_tensors
 from tameformer.models import Architecture
 from tameformer.patch import PatchHandle
 from tameformer.recipes import hugging_face
-from tameformer.recipes.assemble import ARCHITECTURE, read_profile, seeded
+from tameformer.recipes.assemble import ARCHITECTURE, read_profile
 from tameformer.recipes.catalogue import resolve
+from tameformer.recipes.exported import (
+    CONFIG,
+    MODEL,
+    check_free,
+    load,
+    read_config,
+    whole_folder,
+    with_methods,
+    write_model,
+)
 from tameformer.recipes.resume import find_checkpoint
-from tameformer.recipes.stabilize import PROFILE, Settings, apply_methods, methods_of
+from tameformer.recipes.stabilize import methods_of
 from tameformer.record import BEST
-from tameformer.stabilizers.norm_removal import NoNorm, is_norm, remove_norms
+from tameformer.stabilizers.norm_removal import NoNorm
 from tameformer.training import CheckpointFolder
 from tameformer.training import checkpoint as checkpoints_on_disk
-from tameformer.training.checkpoint import load_model_tensors, model_tensors, sync
+from tameformer.training.checkpoint import load_model_tensors
 
-FORMAT = "tameformer-1"
-CONFIG, MODEL = "config.json", "model.safetensors"
 COMPANIONS = ("tokenizer.json", "preprocessing.json")
 """Files of a run folder that say how its data become the model's input."""
-_KEYS = {"format", "version", "model", "stabilize", "removed_norms", "norm_eps", "trained"}
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ def export(run: str | Path, out: str | Path, *, weights: str | None = None, best
     if weights not in (None, "ema", "raw"):
         raise ValueError(f"expected weights to be 'ema', 'raw' or None, got {weights!r}")
     run, out = Path(run), Path(out)
-    _check_free(out)
+    check_free(out)
     checkpoint, skipped = _checkpoint(run, best)
     folder = checkpoint.parent.parent
     if hugging_face.is_kept(folder):
@@ -103,53 +99,20 @@ def export(run: str | Path, out: str | Path, *, weights: str | None = None, best
     architecture = _architecture(folder)
     model, handles, kept, step, weights = _folded(checkpoint, architecture.build, weights)
     settings = [{handle.method: handle.settings} if handle.settings else handle.method for handle in kept]
-    plain, _ = _changed(architecture.build, methods_of(settings), {})
-    values = {
-        "format": FORMAT,
-        "version": version("tameformer"),
-        "model": architecture.to_plain(),
-        "stabilize": settings,
-        **_beside_tensors(model, plain),
-        "trained": {"run": folder.resolve().name, "step": step, "weights": weights},
-    }
-    with _whole(out) as temporary:
-        (temporary / CONFIG).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        save_file({name: one.contiguous() for name, one in model_tensors(model).items()}, temporary / MODEL)
+    with whole_folder(out) as temporary:
+        write_model(
+            temporary,
+            model,
+            architecture,
+            methods=settings,
+            trained={"run": folder.resolve().name, "step": step, "weights": weights},
+        )
         for name in COMPANIONS:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, temporary / name)
         load(temporary)  # what cannot be read again is never published
     folded, left = ([one.method for one in handles if (one in kept) is is_kept] for is_kept in (False, True))
     return Exported(out, step, weights, tuple(folded), tuple(left), tuple(skipped))
-
-
-def load(path: str | Path) -> nn.Module:
-    """The model that `export` wrote, in evaluation mode, on the CPU; nothing in the folder is run as code.
-
-    Raises:
-        CheckpointError: The folder is not one of ours, or a key, a name, a value, a tensor or a shape in it is not right.
-
-    Example:
-        See `export`.
-    """
-    path = Path(path)
-    values = _read_config(path)
-    try:
-        architecture = Architecture.from_plain(values["model"])
-        model, _ = _changed(architecture.build, methods_of(values["stabilize"]), {})
-        _remove(model, values["removed_norms"])
-        _set_eps(model, values["norm_eps"])
-    except (ConfigError, PatchError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path / CONFIG}: {error}") from error
-    try:
-        tensors = load_file(path / MODEL)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path / MODEL} cannot be read: {error}") from error
-    try:
-        load_model_tensors(model, tensors)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path / MODEL}: {error}") from error
-    return model.eval()
 
 
 def plain_model(path: str | Path) -> tuple[nn.Module, Architecture, list[str]]:
@@ -165,7 +128,7 @@ def plain_model(path: str | Path) -> tuple[nn.Module, Architecture, list[str]]:
     """
     path = Path(path)
     if (path / MODEL).is_file() and (path / CONFIG).is_file():
-        values = _read_config(path)
+        values = read_config(path)
         return (
             load(path),
             Architecture.from_plain(values["model"]),
@@ -192,7 +155,7 @@ def _folded(
     if weights == "ema" and not snapshot.average:
         raise CheckpointError(f"{checkpoint} holds no moving average; the run had optim.ema_decay null: take raw")
     try:
-        model, handles = _changed(build, methods, read_profile(folder))
+        model, handles = with_methods(build, methods, read_profile(folder))
         if low_rank is not None:
             handles.append(lora(model, rank=low_rank))
     except PatchError as error:
@@ -216,17 +179,9 @@ def _export_hugging_face(checkpoint: Path, out: Path, weights: str | None, skipp
         raise CheckpointError(
             f"{folder}: a Hugging Face model has norms, and {', '.join(removed)} were taken out of this one"
         )
-    with _whole(out) as temporary:
+    with whole_folder(out) as temporary:
         hugging_face.save(model.eval(), folder, temporary)
     return Exported(out, step, weights, tuple(handle.method for handle in handles), (), tuple(skipped))
-
-
-def _check_free(out: Path) -> None:
-    """Refuse a place that holds something, or lies nowhere."""
-    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise FileExistsError(f"{out} exists and is no empty folder; give another, or remove it")
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.absolute().parent}; create it, or give another")
 
 
 def _checkpoint(run: Path, best: bool) -> tuple[Path, list[str]]:
@@ -262,27 +217,6 @@ def _architecture(folder: Path) -> Architecture:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
-def _changed(
-    build: Callable[[], nn.Module], methods: Sequence[tuple[str, Settings]], profiled: Mapping[str, Settings]
-) -> tuple[nn.Module, list[PatchHandle]]:
-    """A model with its methods, of which no weight means anything yet."""
-
-    def no_batches():
-        raise PatchError(f"a method took a profile, and there is no {PROFILE} that says what it gave")
-
-    def no_loss(*_: Any) -> Tensor:
-        raise AssertionError("nothing is trained here")
-
-    def patched() -> tuple[nn.Module, list[PatchHandle]]:
-        model = build()
-        handles, *_ = apply_methods(
-            model, methods, no_loss, batches=no_batches, mask=lambda batch: {}, profiled=profiled
-        )
-        return model, handles
-
-    return seeded(0, patched)
-
-
 def _average(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What torch's `AveragedModel` holds of the model."""
     return {name.removeprefix("module."): one for name, one in tensors.items() if name.startswith("module.")}
@@ -304,67 +238,3 @@ def _baked(handle: PatchHandle) -> bool:
     except PatchError:
         return False
     return True
-
-
-def _beside_tensors(model: nn.Module, plain: nn.Module) -> dict[str, Any]:
-    """In what a folded model differs from the one that is built, other than in its tensors."""
-    removed, eps = [], {}
-    for name, module in plain.named_modules():
-        now: Any = model.get_submodule(name)
-        if isinstance(now, NoNorm):
-            removed.append(name)
-        elif getattr(now, "eps", None) != getattr(module, "eps", None):
-            eps[name] = now.eps
-    return {"removed_norms": removed, "norm_eps": eps}
-
-
-def _remove(model: nn.Module, names: Any) -> None:
-    modules = dict(model.named_modules())
-    if not isinstance(names, list) or not all(name in modules and is_norm(name, modules[name]) for name in names):
-        raise ValueError(f"expected removed_norms to be names of norms of the model, got {names!r}")
-    if names:
-        remove_norms(model, lambda name, _: name in names, ExitStack())
-
-
-def _set_eps(model: nn.Module, values: Any) -> None:
-    modules: dict[str, Any] = dict(model.named_modules())
-    for name, eps in values.items() if isinstance(values, dict) else [("norm_eps", values)]:
-        if name not in modules or not hasattr(modules[name], "eps"):
-            raise ValueError(f"expected norm_eps to be numbers by the names of norms of the model, got {name!r}")
-        if isinstance(eps, bool) or not isinstance(eps, float) or not 0 < eps < math.inf:
-            raise ValueError(f"expected norm_eps of {name} to be a number above 0, got {eps!r}")
-        modules[name].eps = eps
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} holds no {CONFIG}; give a folder that `tame export` wrote") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / CONFIG} cannot be read: {error}") from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
-        hint = "; transformers.AutoModel.from_pretrained reads it" if "model_type" in values else ""
-        raise CheckpointError(f"{path} was not written by `tame export` (expected the format {FORMAT}){hint}")
-    for key in sorted(_KEYS ^ values.keys()):
-        raise CheckpointError(f"{path / CONFIG}: the key {key} is {'missing' if key in _KEYS else 'unknown'}")
-    if not isinstance(values["model"], dict) or not isinstance(values["stabilize"], list):
-        raise CheckpointError(f"{path / CONFIG}: expected model to hold keys and stabilize to be a list")
-    return values
-
-
-@contextmanager
-def _whole(final: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `final` when all went well and is gone otherwise, also after Ctrl-C."""
-    temporary = final.absolute().parent / f".{final.name}-{os.getpid()}"
-    try:
-        temporary.mkdir()
-        yield temporary
-        for file in temporary.iterdir():
-            sync(file)
-        sync(temporary)
-        temporary.rename(final)  # takes the place of an empty folder, and of nothing else
-        sync(final.absolute().parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
