@@ -115,7 +115,9 @@ def test_they_are_built_from_plain_values():
         (Architecture.of(SetConfig(**SMALL), input_size=12, num_classes=3), of_sets()),
         (Architecture.of(HierarchicalConfig(**SMALL), vocab_size=12, num_classes=3, padding_id=0), of_documents()),
     ):
-        Architecture.from_plain(described.to_plain()).build().load_state_dict(model.state_dict())
+        built = Architecture.from_plain(described.to_plain()).build()
+        shapes = [{name: value.shape for name, value in one.state_dict().items()} for one in (built, model)]
+        assert shapes[0] == shapes[1]
 
 
 def test_an_empty_document_is_refused():
