@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from tameformer.config import flatten, read_yaml
 from tameformer.errors import ConfigError
-from tameformer.record import BEST, LOG, RunReader
+from tameformer.record import BEST, CONFIG, LOG, RunReader
 from tameformer.studies.cells import State, read_cell
 from tameformer.studies.grid import Cell, Grid
 from tameformer.studies.race_plan import Plan, Race
@@ -254,9 +255,7 @@ def _best_name(run: Path) -> str:
 
 
 def _is_kept_for(run: Path, metric: str) -> bool:
-    from tameformer.config import flatten, read_yaml
-
-    return flatten(read_yaml(run / "config.yaml")).get("checkpoint.best_metric") == metric
+    return flatten(read_yaml(run / CONFIG)).get("checkpoint.best_metric") == metric
 
 
 def _value_at(run: Path, step: int, metric: str) -> float | None:
