@@ -1,5 +1,6 @@
 """One layer applied again and again (Dehghani et al. 2018, "Universal Transformers", arXiv:1807.03819).
 
+The embeddings are multiplied by sqrt(dim), or the vectors of the steps would drown them.
 At every step the positions are added anew, and a vector for the step; with adaptive halting each position takes as many steps
 as it wants. Differs from the released code: the result is the mean of the states weighted by the halting shares, as in Graves
 2016, and a position that has halted keeps its state, as the paper says.
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from tameformer.models.decoder import Decoder
 from tameformer.models.encoder import Encoder
-from tameformer.models.initialize import Initializer, gpt2_init
-from tameformer.models.stack import Stack, StackConfig, added_positions, embedding_scale, layer_stack
+from tameformer.models.initialize import Initializer, xavier_init
+from tameformer.models.stack import Stack, StackConfig, added_positions, layer_stack
 from tameformer.nn.attention import StackCache
 from tameformer.nn.embedding import OutputHead, TokenEmbedding
 from tameformer.nn.halting import Halted, Halting
@@ -128,7 +129,7 @@ def ponder_cost(model: nn.Module, real: Real | None = None) -> Float[Tensor, ""]
     return torch.stack(costs).sum()
 
 
-def universal_encoder(config: UniversalConfig, *, vocab_size: int, initialize: Initializer = gpt2_init) -> Encoder:
+def universal_encoder(config: UniversalConfig, *, vocab_size: int, initialize: Initializer = xavier_init) -> Encoder:
     """An encoder with fresh weights, the same for the same `torch.manual_seed`.
 
     Example:
@@ -136,14 +137,14 @@ def universal_encoder(config: UniversalConfig, *, vocab_size: int, initialize: I
         >>> model(torch.zeros(1, 8, dtype=torch.long)).shape
         torch.Size([1, 8, 32])
     """
-    embedding = TokenEmbedding(vocab_size, config.dim, scale=embedding_scale(config))
+    embedding = TokenEmbedding(vocab_size, config.dim, scale=config.dim**0.5)
     model = Encoder(embedding, None, config.dropout, _stack(config))
     initialize(model)
     return model
 
 
 def universal_decoder(
-    config: UniversalDecoderConfig, *, vocab_size: int, initialize: Initializer = gpt2_init
+    config: UniversalDecoderConfig, *, vocab_size: int, initialize: Initializer = xavier_init
 ) -> Decoder:
     """A language model with fresh weights, the same for the same `torch.manual_seed`.
 
@@ -153,7 +154,7 @@ def universal_decoder(
         torch.Size([1, 8, 65])
     """
     model = Decoder(
-        TokenEmbedding(vocab_size, config.dim, scale=embedding_scale(config)),
+        TokenEmbedding(vocab_size, config.dim, scale=config.dim**0.5),
         None,
         config.dropout,
         _stack(config),
