@@ -5,7 +5,7 @@ import torch
 
 from tameformer.cli.__main__ import main
 from tameformer.errors import OutOfMemoryError
-from tameformer.recipes import launch, vision
+from tameformer.recipes import launch, precision, vision
 from tameformer.record import RunReader
 from tameformer.training import CheckpointFolder
 from tameformer.training.checkpoint import load
@@ -96,7 +96,7 @@ def test_it_is_bounded_and_the_end_is_clear(tmp_path, monkeypatch):
 
 
 def test_the_choice_of_a_precision_finds_a_batch_that_fits(tmp_path, monkeypatch):
-    monkeypatch.setattr(launch, "candidates", lambda device: ["fp32", "bf16"])
+    monkeypatch.setattr(precision, "candidates", lambda device: ["fp32", "bf16"])
     monkeypatch.setattr(vision, "classification_loss", holding(7))
     assert run(tmp_path, precision="auto", max_steps=1, **{"optim.warmup_steps": 0}).finished
     assert [event["parts"] for event in events(tmp_path, "out_of_memory")] == [2, 4]

@@ -10,6 +10,9 @@ import pytest
 
 from tameformer.recipes.launch import train
 from tameformer.record import RunReader
+from tameformer.report.read import read_run
+from tameformer.report.verdict import run_state
+from tameformer.studies.cells import state_of
 from tameformer.training import CheckpointFolder, Listener
 
 pytestmark = pytest.mark.usefixtures("unreported")
@@ -139,6 +142,19 @@ def _straight(tmp_path_factory, overrides) -> dict:
         run(folder, json.loads(key))
         _STRAIGHT[key] = final_state(folder)
     return _STRAIGHT[key]
+
+
+def test_a_run_that_was_killed_before_it_could_say_that_it_finished_says_so(tmp_path):
+    run(tmp_path, {"max_steps": 2})
+    events = tmp_path / "events.jsonl"
+    lines = events.read_text(encoding="utf-8").splitlines(keepends=True)
+    assert '"finish"' in lines[-1]
+    events.write_text("".join(lines[:-1]), encoding="utf-8")  # SIGKILL between the last checkpoint and the event
+    for _ in range(2):  # and a run that has said so, is resumed for nothing, and stays finished
+        assert run(tmp_path, {"max_steps": 2}, resume="auto").finished
+        assert RunReader(tmp_path).events()[-1]["kind"] == "finish"
+        assert run_state(read_run(tmp_path))[0] == "finished"
+        assert state_of(tmp_path) == ("finished", "")
 
 
 def test_same_seed_same_bits_other_seed_other_bits(tmp_path):

@@ -94,6 +94,8 @@ class Loop:
                 self._take_steps()
             self.log.write()
             self.listener.on_train_end(progress.step)
+        else:  # said after every resume, and by no other word where the run was killed right after its last checkpoint
+            self.listener.on_event(progress.step, "finish", f"{self._ending()} already", {})
         return Outcome(progress.step, progress.status, dict(progress.metrics))
 
     def _take_steps(self) -> None:
@@ -250,15 +252,17 @@ class Loop:
         self.listener.on_event(self.step, "pause", message, found)
 
     def _tell_end(self) -> None:
-        message = f"finished after step {self.step}"
+        seconds = time.process_time()
+        message = f"{self._ending()}; {seconds:.1f} s of processor time so far"
+        self.listener.on_event(self.step, "finish", message, {"processor_seconds": seconds})
+
+    def _ending(self) -> str:
         if self.progress.status == "early_stopped":
             best = self.progress.selection
-            message = (
+            return (
                 f"stopped early after step {self.step}: {best.metric} was best at step {best.best_step} ({best.best})"
             )
-        seconds = time.process_time()
-        details = {"processor_seconds": seconds}
-        self.listener.on_event(self.step, "finish", f"{message}; {seconds:.1f} s of processor time so far", details)
+        return f"finished after step {self.step}"
 
     @property
     def _is_synchronous(self) -> bool:
