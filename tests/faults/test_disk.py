@@ -11,6 +11,8 @@ from torch import nn
 from tameformer.errors import RecordError
 from tameformer.recipes import launch
 from tameformer.record import RunReader, RunWriter
+from tameformer.report.read import read_run
+from tameformer.report.verdict import judge
 from tameformer.training import CheckpointFolder, Listener, Snapshot
 from tameformer.training.checkpoint import MANIFEST, model_tensors
 
@@ -26,9 +28,9 @@ SMALL = {
 }
 
 
-def run(folder, resume="never", listeners=(), **overrides):
+def run(folder, resume="never", listeners=(), inject="", **overrides):
     overrides = {**SMALL, **overrides, "output_dir": str(folder)}
-    return launch.train("vit-digits", overrides=overrides, resume=resume, listeners=listeners)
+    return launch.train("vit-digits", overrides=overrides, resume=resume, listeners=listeners, inject=inject)
 
 
 @contextmanager
@@ -80,6 +82,32 @@ def test_a_run_without_a_place_for_checkpoints_goes_on_and_says_so(tmp_path):
     told = [event["message"] for event in RunReader(tmp_path).events() if event["kind"] == "checkpoint_failed"]
     assert len(told) == 4
     assert all("checkpoints" in message and message.endswith("the run goes on") for message in told)
+
+
+def test_what_is_in_no_file_at_the_end_is_told_where_people_look(tmp_path):
+    """The last checkpoint is tried twice; after that, words are all there is, and a resume repeats the steps."""
+    (place := tmp_path / "checkpoints").write_text("a file stands where the folder shall be")
+    run(tmp_path)
+    events = RunReader(tmp_path).events()
+    assert [event["step"] for event in events if event["kind"] == "checkpoint_retry"] == [8]
+    assert "its last checkpoint could not be written" in events[-1]["message"]
+    verdict = judge(read_run(tmp_path))
+    assert verdict.headline.endswith("with problems.")
+    assert "step 8 could not be written: all that was learned is in no file" in verdict.findings[0].text
+    place.unlink()
+    assert run(tmp_path, resume="auto").finished
+    assert CheckpointFolder(tmp_path).steps()[-1] == 8
+    assert not any("in no file" in finding.text for finding in judge(read_run(tmp_path)).findings)
+
+
+def test_an_error_that_passes_costs_no_last_checkpoint(tmp_path):
+    assert run(tmp_path, inject="eio@save", **{"checkpoint.every": None}).finished
+    assert CheckpointFolder(tmp_path).steps() == [8]
+    assert [event["kind"] for event in RunReader(tmp_path).events()][-3:] == [
+        "checkpoint_retry",
+        "checkpoint",
+        "finish",
+    ]
 
 
 class Fill(Listener):

@@ -98,7 +98,7 @@ class LengthCurriculum:
             ValueError: `warmup_steps`, `batch_size` or `min_batch_size` is below 1.
         """
         least = min_batch_size if callable(batch_size) else max(min_batch_size, batch_size)
-        if min(warmup_steps, min_batch_size, least if callable(batch_size) else batch_size) < 1:
+        if min(warmup_steps, min_batch_size) < 1 or (not callable(batch_size) and batch_size < 1):
             raise ValueError(
                 "expected warmup_steps, batch_size and min_batch_size of at least 1, "
                 f"got {warmup_steps}, {batch_size} and {min_batch_size}"

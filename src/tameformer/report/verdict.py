@@ -51,6 +51,7 @@ def judge(run: Run) -> Verdict:
     trouble, warned = first_trouble(run), standing(run.events)
     findings = [
         Finding(trouble.level, trouble.text) if trouble is not None and trouble.probe != "train/loss" else None,
+        unsaved(run.events),
         *map(warning, warned.values()),
         non_finite(run.log),
         non_finite_probes(run.probes),
@@ -94,6 +95,17 @@ def run_state(run: Run) -> tuple[State, str]:
     if ended == "pause":
         return "stopped", f"Paused at step {last:,}, as asked for, before its end."
     return "unfinished", f"Not finished: still running, or killed. The last record is of step {last:,}{_planned(run)}."
+
+
+def unsaved(events: Sequence[Event]) -> Finding | None:
+    """What is in no checkpoint because the last one could not be written; a run goes on without, and may end so."""
+    marks = [event for event in events if event.kind in ("checkpoint", "checkpoint_failed")]
+    if not marks or marks[-1].kind == "checkpoint":
+        return None
+    saved = [event.step for event in marks if event.kind == "checkpoint"]
+    lost = f"what was learned since step {saved[-1]:,}" if saved else "all that was learned"
+    text = f"The checkpoint of step {marks[-1].step:,} could not be written: {lost} is in no file."
+    return Finding("bad", f"{text} Make room, then --resume auto repeats those steps.")
 
 
 def warning(verdicts: Sequence[Event]) -> Finding:

@@ -254,6 +254,8 @@ class Loop:
     def _tell_end(self) -> None:
         seconds = time.process_time()
         message = f"{self._ending()}; {seconds:.1f} s of processor time so far"
+        if not self.saver.is_saved:
+            message += "; its last checkpoint could not be written: make room, then resume to repeat the steps since the newest"
         self.listener.on_event(self.step, "finish", message, {"processor_seconds": seconds})
 
     def _ending(self) -> str:

@@ -55,6 +55,8 @@ class Saver:
     def save(self, *, best: bool = False, scheduled: bool = True) -> None:
         """Publish a checkpoint, unless a value in it is not finite; a full disk is an event, not an end.
 
+        The last one of a run, or of a process that was told to stop, is tried twice.
+
         Args:
             best: Whether it is the best so far.
             scheduled: False for one that a signal asked for: a rollback passes it over.
@@ -79,13 +81,24 @@ class Saver:
                 listener.on_event(step, "diverged", message, {})
                 raise DivergedError(f"step {step}: {message}")
         elif self.engine.is_main:
+            nobody_tries_again = not scheduled or progress.status != "running"
             try:
-                self.checkpoints.save(step, snapshot, best=best, spare=progress.anchors)
+                self._write(snapshot, best=best, twice=nobody_tries_again)
             except OSError as error:
                 self._saved_step, progress.anchors = None, before
                 listener.on_event(step, "checkpoint_failed", f"{error}; the run goes on", {})
             else:
                 listener.on_save(step)
+
+    def _write(self, snapshot: Snapshot, *, best: bool, twice: bool) -> None:
+        step, spare = self.progress.step, self.progress.anchors
+        try:
+            self.checkpoints.save(step, snapshot, best=best, spare=spare)
+        except OSError as error:
+            if not twice:
+                raise
+            self.listener.on_event(step, "checkpoint_retry", f"{error}; it is the last one, and tried once more", {})
+            self.checkpoints.save(step, snapshot, best=best, spare=spare)
 
     def verify(self) -> None:
         """Read the checkpoint of the present step back, if there is one.
