@@ -112,6 +112,15 @@ def test_a_model_that_starts_itself_is_asked_and_parts_that_stay_need_no_way(kno
     assert model.blocks[1][0].bias.abs().max() <= 0.5  # torch's own start
 
 
+def test_a_part_that_the_model_itself_forgets_is_named_and_nothing_changes():
+    model = TimmLike()
+    model.blocks[1].register_parameter("gamma", nn.Parameter(torch.ones(4)))
+    before = {name: value.clone() for name, value in trained(model).state_dict().items()}
+    with pytest.raises(ValueError, match=r"^blocks\.1\.gamma: Sequential has no reset_parameters; give fresh="):
+        reinit_top(model, layers=1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_too_many_layers_and_patched_ones_are_refused(build):
     with pytest.raises(ValueError, match="expected layers from 0 to 2, how many there are, got 3"):
         reinit_top(build("bert"), layers=3)

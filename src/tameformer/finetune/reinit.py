@@ -76,8 +76,14 @@ def reinit_top(
             raise PatchError(f"{name} is sharded over processes; re-initialize first, then shard")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        twin = fresh(model) if fresh else _fresh(model, set(owners.values()))
+        twin = (fresh or _fresh)(model)
     given, parameters = dict(twin.named_parameters()), dict(model.named_parameters())
+    undrawn = [name for name in chosen if given[name].isnan().any()]
+    if undrawn:
+        kinds = ", ".join(dict.fromkeys(type(owners[name]).__name__ for name in undrawn))
+        raise ValueError(
+            f"{', '.join(undrawn)}: {kinds} has no reset_parameters; give fresh=, which builds an untrained model"
+        )
     with torch.no_grad():
         for name in chosen:
             parameters[name].copy_(given[name])
@@ -88,27 +94,25 @@ def reinit_top(
     return tuple(chosen)
 
 
-def _fresh(model: nn.Module, wanted: set[nn.Module]) -> nn.Module:
-    """An untrained model; of modules that are not wanted the values may stay."""
+def _fresh(model: nn.Module) -> nn.Module:
+    """An untrained model; what nobody knows how to draw is NaN in it."""
     if any(parent.__name__ == "PreTrainedModel" for parent in type(model).__mro__):
         known: Any = model
         return type(known)(copy.deepcopy(known.config))
     twin = copy.deepcopy(model).cpu()
-    own: Any = getattr(twin, "init_weights", None)
-    for name, module in _bottom_up("", twin):
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.fill_(torch.nan)
+    for module in _bottom_up(twin):
         reset: Any = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
         if reset is not None:
             reset()
         elif isinstance(module, AttentionPooling):
             nn.init.zeros_(module.score)
-        elif not isinstance(model, _OURS) and own is None and model.get_submodule(name) in wanted:
-            told = ", ".join(f"{name}.{one}".lstrip(".") for one, _ in module.named_parameters(recurse=False))
-            raise ValueError(
-                f"{told}: {type(module).__name__} has no reset_parameters; give fresh=, which builds an untrained model"
-            )
     for kind, initialize in _INITIALIZERS.items():
         if isinstance(twin, kind):
             initialize(twin)
+    own: Any = getattr(twin, "init_weights", None)
     if own is not None:
         own()
     return twin
@@ -122,10 +126,8 @@ _INITIALIZERS: dict[type[nn.Module], Callable[[nn.Module], None]] = {
     TextClassifier: gpt2_init,
     VisionClassifier: vit_init,
 }
-_OURS = tuple(_INITIALIZERS)
 
 
-def _bottom_up(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+def _bottom_up(module: nn.Module) -> list[nn.Module]:
     """A module after its parts: some reset the parts, too, in a way of their own."""
-    below = [one for part, child in module.named_children() for one in _bottom_up(f"{name}.{part}".lstrip("."), child)]
-    return [*below, (name, module)]
+    return [*(one for child in module.children() for one in _bottom_up(child)), module]
