@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         size = Size(num_layers=6, dim=256, num_heads=4, seq=128, batch=tokens // 128)
         if given.quick:
             size = Size(num_layers=1, dim=32, num_heads=4, seq=16, batch=2)
-        few = max(2, rounds // (1 if tokens < 1000 else 4))
+        few = max(2, rounds // (1 if tokens < 1000 else 3))
         for dtype in (torch.float32, torch.bfloat16) if given.bf16 else (torch.float32,):
             title = f"{tokens}{f' in {parts} micro-batches' if parts > 1 else ''}, {str(dtype).removeprefix('torch.')}"
             found = compare(size, rounds=few, micro_batches=parts, dtype=dtype)
