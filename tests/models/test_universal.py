@@ -89,6 +89,26 @@ def test_the_cost_has_a_gradient_that_makes_positions_halt_sooner():
     assert not done.running.any()
 
 
+def test_an_accelerator_is_never_waited_for_and_needless_steps_change_nothing():
+    """The meta device refuses to tell a value, as an accelerator would have to be waited for."""
+    model = built("adaptive")
+    steps = []
+    model.stack.layers[0].register_forward_hook(lambda *_: steps.append(1))
+    nn.init.normal_(model.stack.halting.weight, std=0.01)
+    nn.init.constant_(model.stack.halting.bias, 1.0)
+    with torch.no_grad():
+        soon = model(TOKENS)
+        taken = len(steps)
+        to_the_end = model(TOKENS, cache=model.new_cache())
+    assert taken < STEPS == len(steps) - taken
+    assert to_the_end.equal(soon)
+    elsewhere = model.to("meta")
+    loss = elsewhere(TOKENS.to("meta")).sum() + ponder_cost(elsewhere, TOKENS.to("meta") > 3)
+    loss.backward()
+    assert loss.is_meta
+    assert len(steps) == taken + 2 * STEPS
+
+
 @pytest.mark.parametrize("halting", ["fixed", "adaptive"])
 def test_every_model_promise(halting):
     model = built(halting)

@@ -15,7 +15,7 @@ from tameformer.data.formal import Parity
 from tameformer.data.strings import StringSource
 from tameformer.errors import ConfigError
 from tameformer.models import DecoderConfig, UniversalDecoderConfig, ponder_cost, universal_decoder
-from tameformer.recipes.formal import StringsConfig, by_length, judged, string_loss
+from tameformer.recipes.formal import StringsConfig, by_length, judged, real_positions, string_loss
 from tameformer.recipes.launch import train
 from tameformer.recipes.ponder import with_ponder_cost
 from tameformer.record import RunReader
@@ -105,8 +105,20 @@ def test_steps_cost_what_they_are_told_to(tmp_path):
     config = UniversalDecoderConfig(dim=16, halting="adaptive", ponder_weight=0.5)
     model = universal_decoder(config, vocab_size=3)
     batch = StringSource(Parity(), num_samples=8, min_length=2, max_length=10).fetch(SampleKeys(0, 0, np.arange(8)))
-    cost = with_ponder_cost(string_loss, config)(model, batch) - string_loss(model, batch)
-    assert cost.item() == pytest.approx(0.5 * batch["num_items"] * ponder_cost(model).item(), rel=1e-4)
+    nn.init.normal_(model.stack.halting.weight)  # positions that halt at different steps
+    loss = with_ponder_cost(string_loss, config, real=real_positions)
+    cost = loss(model, batch) - string_loss(model, batch)
+    halted = model.stack.halted
+    spent = [(halted.steps + halted.rest)[row, : length + 1] for row, length in enumerate(batch["lengths"].tolist())]
+    mean = torch.cat(spent).double().mean().item()
+    assert abs(mean - ponder_cost(model).item()) > 1e-3  # padding would have counted
+    assert cost.item() == pytest.approx(0.5 * batch["num_items"] * mean, rel=1e-4)
+    filled = {
+        **batch,
+        "tokens": nn.functional.pad(batch["tokens"], (0, 5)),
+        "targets": nn.functional.pad(batch["targets"], (0, 0, 0, 5), value=-1),
+    }
+    torch.testing.assert_close(loss(model, filled), loss(model, batch), rtol=1e-5, atol=0)
     fixed = replace(config, halting="fixed")
     assert with_ponder_cost(string_loss, fixed) is string_loss
     assert with_ponder_cost(string_loss, DecoderConfig()) is string_loss

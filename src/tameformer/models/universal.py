@@ -100,8 +100,9 @@ class UniversalStack(Stack):
             x = torch.where(done.running[..., None], y, x)
             share = self.halting.share(x, done, is_last=step + 1 == self.num_steps)
             result = result + share[..., None] * x
-            # With a cache every step goes on: later positions attend to the states of this one at all steps.
-            if cache is None and not done.running.any():
+            # With a cache every step goes on: later positions attend to the states of this one at all steps. On an
+            # accelerator, too: steps after the last position has halted change nothing, and to ask would be to wait for it.
+            if cache is None and x.device.type == "cpu" and not done.running.any():
                 break
         self.halted = done
         return self.norm(x if done is None else result)
@@ -109,6 +110,10 @@ class UniversalStack(Stack):
 
 def ponder_cost(model: nn.Module, real: Real | None = None) -> Float[Tensor, ""]:
     """Steps that a position took in the last forward pass, on average; add it to the loss, times 0.01 or so.
+
+    Args:
+        model: What was called.
+        real: True where a position counts, False at padding; None counts all.
 
     Raises:
         ValueError: nothing in the model halts, or it was not called yet.

@@ -127,7 +127,7 @@ def build(config: Config, folder: Path) -> Run:
         model=Architecture.of(config.model, vocab_size=len(symbols) + 1),
         source=train,
         plan=ShuffledBatches(len(train), data.batch_size, seed=config.order_seed),
-        loss=with_ponder_cost(string_loss, config.model),
+        loss=with_ponder_cost(string_loss, config.model, real=real_positions),
         unit="tokens",
         evaluate=partial(
             evaluate, sources=held_out, batch_size=data.eval_batch_size, folder=folder, max_length=data.max_length
@@ -135,6 +135,11 @@ def build(config: Config, folder: Path) -> Run:
         num_workers=data.num_workers,
         artifacts={PREPROCESSING: json.dumps({"symbols": symbols, "begin_and_end": len(symbols)}, indent=1) + "\n"},
     )
+
+
+def real_positions(batch: Batch) -> Tensor:
+    """The begin token and the symbols, not what fills a string up to the longest of its batch."""
+    return torch.arange(batch["tokens"].shape[1], device=batch["tokens"].device) <= batch["lengths"][:, None]
 
 
 def string_loss(model: nn.Module, batch: Batch) -> Tensor:
