@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tameformer.health import Detectors, DetectorsConfig, Diagnosis, Guard, GuardConfig, Monitor, diagnose
     from tameformer.nn.attention.attend import attend
     from tameformer.nn.attention.entropy import attention_entropy
-    from tameformer.optim import AdaptiveClip
+    from tameformer.optim import AdaptiveClip, StableAdamW
     from tameformer.patch import PatchHandle
     from tameformer.patch.heads import gate_heads, head_importance, prune_heads
     from tameformer.recipes.export import Exported, export
@@ -57,6 +57,7 @@ _HOMES = {
     "Monitor": "tameformer.health",
     "PatchHandle": "tameformer.patch",
     "Result": "tameformer.recipes.launch",
+    "StableAdamW": "tameformer.optim",
     "attend": "tameformer.nn.attention.attend",
     "attention_entropy": "tameformer.nn.attention.entropy",
     "compare": "tameformer.studies",
@@ -96,6 +97,7 @@ __all__ = [
     "Monitor",
     "PatchHandle",
     "Result",
+    "StableAdamW",
     "admin",
     "attend",
     "attention_entropy",

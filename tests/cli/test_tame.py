@@ -100,7 +100,11 @@ def test_overfit_batches_learns_them_by_heart():
     [
         (["train", "--max_stebs=3"], 2, "unknown key max_stebs; did you mean max_steps?"),
         (["train", "--peak_lr=3"], 2, "did you mean optim.peak_lr?"),
-        (["train", "--optim.name=adan"], 2, "optim.name expects one of adamw, adam, radam, sgd, lars, muon, got adan"),
+        (
+            ["train", "--optim.name=adan"],
+            2,
+            "optim.name expects one of adamw, adam, radam, stable_adamw, sgd, lars, muon, got adan",
+        ),
         (["train", "--model.num_heads=3"], 2, "heads"),
         (["train", "--optim.warmup_steps=5000"], 2, "optim.warmup_steps is 5000, longer than the run of 308 steps"),
         (["train", "--data.batch_size=5000"], 1, "batch_size 5000 is larger than the data, which has 1437 samples"),

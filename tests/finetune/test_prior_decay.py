@@ -33,7 +33,7 @@ def distances(model):
     ])  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "radam", "sgd", "lars", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "adam", "radam", "stable_adamw", "sgd", "lars", "muon"])
 def test_without_gradients_the_distance_falls_by_the_rate_alone(name):
     """Decoupled: (1 - lr * decay) a step whatever the optimizer is, at the rate of that step; its fixed point is the prior."""
     model = small()

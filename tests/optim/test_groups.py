@@ -42,7 +42,7 @@ def test_a_parameter_without_a_rule_and_a_rule_without_a_parameter_are_errors():
         parameter_groups(small_model(), [nothing, Rule("rest", is_any)])
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "radam", "sgd", "lars", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "adam", "radam", "stable_adamw", "sgd", "lars", "muon"])
 def test_each_optimizer_learns(name):
     model = small_model()
     built = optimizers(model, OptimConfig(name=name, peak_lr=0.5 if name == "lars" else 0.02, weight_decay=0.001))

@@ -55,7 +55,7 @@ def snapshot(model, held):
     return Snapshot(model_tensors(model), optimizer_tensors(held, model), state={"step": 3})
 
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "radam", "sgd", "lars", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "adam", "radam", "stable_adamw", "sgd", "lars", "muon"])
 def test_restored_model_and_optimizer_go_on_with_the_same_bits(tmp_path, name):
     model, held = trained(name)
     path = CheckpointFolder(tmp_path).save(3, snapshot(model, held))

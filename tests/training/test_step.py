@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from tameformer.optim import LARS, NormClip
+from tameformer.optim import LARS, NormClip, StableAdamW
 from tameformer.training.engine import Engine
 from tameformer.training.step import can_refuse_on_device, told_to_refuse, train_step
 
@@ -17,6 +17,7 @@ OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
     "radam": lambda p: torch.optim.RAdam(p, lr=0.1),
     "lars": lambda p: LARS(p, lr=0.1),
+    "stable_adamw": lambda p: StableAdamW(p, lr=0.1),
 }
 
 
@@ -106,7 +107,7 @@ def test_fused_optimizers_refuse_by_a_tensor_as_by_an_if(name):
 
 
 def test_optimizers_that_cannot_refuse_by_themselves_are_asked_on_the_host():
-    for name in ("radam", "lars"):
+    for name in ("radam", "lars", "stable_adamw"):
         model, optimizer = parts(name)
         step(model, optimizer, batch())
         assert not can_refuse_on_device([optimizer])

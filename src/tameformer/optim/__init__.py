@@ -1,10 +1,11 @@
-"""How weights are updated: parameter groups, schedules, clipping, and the one optimizer that torch lacks."""
+"""How weights are updated: parameter groups, schedules, clipping, and the two optimizers that torch lacks."""
 
 from tameformer.optim.adaptive_clip import AdaptiveClip
 from tameformer.optim.clipping import Clip, NormClip, clip_norm
 from tameformer.optim.groups import Rule, Selector, decay_groups, is_any, is_matrix, parameter_groups
 from tameformer.optim.lars import LARS
 from tameformer.optim.settings import OptimConfig, Schedule, clip, optimizers, schedule, warmup_steps
+from tameformer.optim.stable_adamw import StableAdamW
 
 __all__ = [
     "LARS",
@@ -15,6 +16,7 @@ __all__ = [
     "Rule",
     "Schedule",
     "Selector",
+    "StableAdamW",
     "clip",
     "clip_norm",
     "decay_groups",

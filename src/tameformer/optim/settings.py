@@ -14,6 +14,7 @@ from tameformer.optim.adaptive_clip import AdaptiveClip
 from tameformer.optim.clipping import Clip, NormClip
 from tameformer.optim.groups import Rule, assign, decay_groups, decay_rules, is_matrix
 from tameformer.optim.lars import LARS
+from tameformer.optim.stable_adamw import StableAdamW
 
 Schedule = Callable[[int], float]
 """From the step, counted from 0, to the factor on every group's peak rate."""
@@ -23,8 +24,9 @@ Schedule = Callable[[int], float]
 class OptimConfig:
     """How the weights are updated."""
 
-    name: Literal["adamw", "adam", "radam", "sgd", "lars", "muon"] = "adamw"
-    """Optimizer; `muon` updates the hidden matrices and leaves the rest to AdamW at `adamw_lr`."""
+    name: Literal["adamw", "adam", "radam", "stable_adamw", "sgd", "lars", "muon"] = "adamw"
+    """Optimizer; `muon` updates the hidden matrices and leaves the rest to AdamW at `adamw_lr`, `stable_adamw` is AdamW with
+    shorter steps where gradients outgrow the second moment."""
     peak_lr: float = 1e-3
     """Largest learning rate that the schedule reaches."""
     adamw_lr: float | None = None
@@ -160,6 +162,8 @@ def optimizers(
             return [torch.optim.Adam(groups, **adam, fused=True)]
         case "radam":
             return [torch.optim.RAdam(groups, **adam, decoupled_weight_decay=True)]
+        case "stable_adamw":
+            return [StableAdamW(groups, **adam)]
         case "sgd":
             return [torch.optim.SGD(groups, lr=config.peak_lr, momentum=config.momentum, fused=True)]
         case "lars":
