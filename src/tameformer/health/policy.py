@@ -30,6 +30,9 @@ class GuardConfig:
 
     spike_threshold: float | None = 10.0
     """Robust standard deviations above the median from which a loss or a gradient norm is a spike; null knows no spikes."""
+    grad_norm_ratio: float = 4.0
+    """Times the median that a gradient norm must be, too, to be a spike. A gradient four times as large as others that point
+    anywhere doubles the update of Adam with a first beta of 0.9; a smaller one is ordinary, however even the norms are."""
     window: int = 128
     """Steps that spikes are measured against, and within which skipped steps are counted."""
     min_values: int = 64
@@ -47,6 +50,10 @@ class GuardConfig:
         if self.spike_threshold is not None and not self.spike_threshold > 0:
             raise ValueError(
                 f"guard.spike_threshold must be positive, got {self.spike_threshold}; null switches spikes off"
+            )
+        if not self.grad_norm_ratio >= 1:
+            raise ValueError(
+                f"guard.grad_norm_ratio must be at least 1, got {self.grad_norm_ratio}; 1 leaves it to guard.spike_threshold"
             )
         for name, least in (
             ("window", 1),
@@ -110,9 +117,9 @@ class Policy:
 
     def __init__(self, config: GuardConfig | None = None) -> None:
         self.config = config or GuardConfig()
-        sizes = {"threshold": self.config.spike_threshold, "size": self.config.window}
-        self._loss = SpikeWindow(**sizes, min_values=self.config.min_values)
-        self._norm = SpikeWindow(**sizes, min_values=self.config.min_values)
+        threshold, size, least = self.config.spike_threshold, self.config.window, self.config.min_values
+        self._loss = SpikeWindow(threshold=threshold, size=size, min_values=least)
+        self._norm = SpikeWindow(threshold=threshold, size=size, min_values=least, ratio=self.config.grad_norm_ratio)
         self._skips: list[tuple[int, Kind]] = []
         self.rollbacks = 0
         self._what_last = ""
