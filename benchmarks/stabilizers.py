@@ -26,8 +26,10 @@ from tameformer.stabilizers.sigma_optimizer import SigmaBesideOptimizer
 from tameformer.stabilizers.sigma_reparam import SigmaReparam, sigma_reparam
 
 Patch = Callable[[nn.Module], object]
+FLOOR = "floor"
 NOTES = [
-    "Floor of sigmaReparam: 32 bytes a weight and step over 6 N FLOP, 5.3 F / (B N) with F FLOP/s, B bytes/s and N tokens.",
+    "Floor of sigmaReparam: its 32 bytes a weight and step, 5.3 F / (B N) of 6 N FLOP with F FLOP/s, B bytes/s and N tokens; "
+    "here at the speed at which the weights are added to others, 12 bytes each, in the same rounds.",
     "torch's spectral_norm has no gamma, and takes its power step in every forward pass.",
 ]
 
@@ -75,10 +77,19 @@ def step_of(size: Size, patch: Patch, *, micro_batches: int, dtype: torch.dtype)
 def compare(
     size: Size, *, rounds: int, micro_batches: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> dict[str, Quartiles]:
-    """By variant: time over the plain step."""
+    """By variant, and for the floor: time over the plain step."""
     steps = {name: step_of(size, patch, micro_batches=micro_batches, dtype=dtype) for name, patch in patches().items()}
-    seconds = in_turns(steps, rounds=rounds, seed=seed)
-    return {name: ratio(seconds, name, to="plain") for name in steps if name != "plain"}
+    seconds = in_turns({**steps, "addition": addition(size)}, rounds=rounds, seed=seed)
+    found = {name: ratio(seconds, name, to="plain") for name in steps if name != "plain"}
+    added = ratio(seconds, "addition", to="plain")
+    return {**found, FLOOR: Quartiles(*(1 + 32 / 12 * share for share in dataclasses.astuple(added)))}
+
+
+def addition(size: Size) -> Callable[[], object]:
+    """Adds as many numbers as the patched weights have: 8 bytes read and 4 written for each."""
+    count = sum(module.weight.numel() for module in model_of(size).modules() if isinstance(module, nn.Linear))
+    one, other, total = torch.ones(3, count).unbind()
+    return lambda: torch.add(one, other, out=total)
 
 
 def growth(name: str, size: Size, dtype: torch.dtype) -> float:
@@ -144,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_threads(given.threads)
     rounds = 2 if given.quick else given.rounds
     raw: dict[str, object] = {}
-    steps = Table("Time of a step over the plain one", ["tokens a step", *list(patches())[1:]])
+    steps = Table("Time of a step over the plain one", ["tokens a step", *list(patches())[1:], FLOOR])
     names = list(patches())[:2] if given.quick else list(patches())
     peaks = Table("Peak memory over the plain model's", ["tokens a step", *names[1:]])
     sizes = [(32, 1)] if given.quick else [(512, 1), (512, 4), (4096, 1)]
