@@ -9,6 +9,8 @@ from tameformer.models.recurrent_translation import (
     RecurrentTranslationConfig,
     recurrent_translation,
 )
+from tameformer.patch import Observation
+from tameformer.probes import AttentionEntropy
 
 SOURCE = torch.tensor([[5, 6, 7, 2], [8, 2, 0, 0]])
 TARGET = torch.tensor([[1, 9, 4], [1, 3, 3]])
@@ -23,17 +25,18 @@ def built(attention="additive"):
 @torch.no_grad()
 def test_attention_is_bahdanaus_word_by_word():
     """Equations of the paper's appendix A.1.2, one sentence at a time, without padding and without a batch."""
-    model = built()
-    got = model(SOURCE, TARGET)
-    embed = model.embedding.weight
+    model, probe, rows = built(), AttentionEntropy(), []
+    with Observation(model, [probe]).watching():
+        got = model(SOURCE, TARGET)
+    assert got.equal(model(SOURCE, TARGET))
+    embed, score = model.embedding.weight, model.attention.score
     for row, length in ((0, 4), (1, 2)):
         states, _ = model.encoder.recurrence(embed[SOURCE[row, :length]][None])
         annotations = states[0]
         state = torch.tanh(model.first(annotations[0]))
         for place, token in enumerate(TARGET[row].tolist()):
             energies = [
-                model.score.vector[0]
-                @ torch.tanh(model.score.query_weight[0].T @ state + model.score.key_weight[0].T @ h)
+                score.vector[0] @ torch.tanh(score.query_weight[0].T @ state + score.key_weight[0].T @ h)
                 for h in annotations
             ]
             weights = torch.stack(energies).softmax(0)
@@ -41,6 +44,14 @@ def test_attention_is_bahdanaus_word_by_word():
             state = model.cell(torch.cat([embed[token], context])[None], state[None])[0]
             hidden = torch.tanh(model.output(torch.cat([state, context, embed[token]])))
             torch.testing.assert_close(got[row, place], embed[:12] @ hidden)
+            rows.append((-(weights * weights.log()).sum(), torch.stack(energies).max(), torch.tensor(length).log()))
+    # The probe sees every step of every sentence, as queries of one attention.
+    entropy, largest, ceiling = (torch.stack(column).double() for column in zip(*rows, strict=True))
+    for name, expected in (
+        ("", entropy.mean()), ("_min", entropy.min()), ("_max", ceiling.mean()), ("logit_max", largest.max()),
+    ):  # fmt: skip
+        key = name if name.startswith("logit") else f"entropy{name}"
+        assert probe.read()[f"diag/attention_{key}/attention"].item() == pytest.approx(expected.item(), abs=1e-6), key
 
 
 @torch.no_grad()

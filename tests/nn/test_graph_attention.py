@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tameformer.models import GraphConfig, graph_classifier
 from tameformer.nn.attention import attend
 from tameformer.nn.attention.scores import concat_score
-from tameformer.nn.graph_attention import GraphAttention, segment_softmax
+from tameformer.nn.graph_attention import GraphAttention
+from tameformer.segments import segment_softmax
 
 EDGES = torch.tensor([[0, 1, 2, 3, 4, 0, 3, 1, 2], [1, 0, 1, 1, 2, 2, 2, 4, 4]])  # nothing comes to node 3
 

@@ -72,7 +72,9 @@ def test_it_learns_resumes_and_is_exported(file, tmp_path, capsys):
     found = model(graph.features, graph.edges).argmax(-1) == graph.labels
     assert found[graph.test].double().mean().item() == pytest.approx(result.metrics["test/accuracy"])
     assert main(["diagnose", str(tmp_path / "run")]) == 0
-    assert "layers.0" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Attention heads" in told
+    assert "no call of attention" not in told
 
 
 def test_a_stabilizer_works_on_it(file, tmp_path):

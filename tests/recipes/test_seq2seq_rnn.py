@@ -35,6 +35,9 @@ def test_it_learns_translates_and_is_exported(attention, tmp_path, capsys):
     model = tame.load(tmp_path / "out")
     assert model(torch.ones(1, 3, dtype=torch.long), torch.ones(1, 2, dtype=torch.long)).shape == (1, 2, 300)
     assert main(["diagnose", str(tmp_path / "run")]) == 0
+    told = capsys.readouterr().out
+    assert ("Attention heads" in told) == (attention == "additive")
+    assert "no call of attention" not in told
     again = {**values, "max_steps": 4, "stabilize": ["sigma_reparam"], "output_dir": str(tmp_path / "stable")}
     assert np.isfinite(tame.train("seq2seq-rnn", overrides=again).metrics["eval/loss"])
 

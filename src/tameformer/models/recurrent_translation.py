@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tameformer.models.encoder_decoder import Memory, Source, SourceMask, Target
 from tameformer.models.recurrent import RecurrentConfig, RecurrentEncoder
 from tameformer.models.stack import check_choices, check_probabilities
-from tameformer.nn.attention.attend import attend, attention_weights
+from tameformer.nn.attention.attend import ScoreAttention
 from tameformer.nn.attention.scores import AdditiveScore
 from tameformer.nn.embedding import TokenEmbedding
 from tameformer.nn.masks import real_from_tokens
@@ -59,7 +59,7 @@ class RecurrentTranslation(nn.Module):
         self.encoder = RecurrentEncoder(
             RecurrentConfig(architecture="gru", dim=dim, num_layers=config.num_layers, dropout=config.dropout)
         )
-        self.score = AdditiveScore(1, dim) if config.attention == "additive" else None
+        self.attention = ScoreAttention(AdditiveScore(1, dim)) if config.attention == "additive" else None
         self.first = nn.Linear(dim, dim)
         self.cell = nn.GRUCell(2 * dim, dim)
         self.output = nn.Linear(3 * dim, dim)
@@ -80,18 +80,20 @@ class RecurrentTranslation(nn.Module):
 
     def context(self, state: State, memory: Memory, source_mask: SourceMask) -> State:
         """What the decoder sees of the source in this state."""
-        if self.score is None:  # the two ends of the encoder's two directions
+        if self.attention is None:  # the two ends of the encoder's two directions
             last = source_mask.sum(1) - 1
             half = memory.shape[2] // 2
             ends = memory[torch.arange(len(memory), device=memory.device), last]
             return torch.cat([ends[:, :half], memory[:, 0, half:]], dim=1)
-        return attend(state[:, None], memory, memory, score=self.score, mask=source_mask[:, None])[:, 0]
+        query, key = state[:, None, None], memory[:, None]  # one head
+        return self.attention(query, key, key, mask=source_mask[:, None, None])[:, 0, 0]
 
     def alignment(self, state: State, memory: Memory, source_mask: SourceMask) -> Float[Tensor, "batch source"]:
         """What the mixture of `context` is made of."""
-        if self.score is None:
+        if self.attention is None:
             raise ValueError("this model has no attention; build it with attention additive")
-        return attention_weights(state[:, None], memory, score=self.score, mask=source_mask[:, None])[:, 0]
+        query, key = state[:, None, None], memory[:, None]
+        return self.attention.weights(query, key, mask=source_mask[:, None, None])[:, 0, 0]
 
     def step(
         self, tokens: Float[Tensor, "batch dim"], state: State, memory: Memory, source_mask: SourceMask

@@ -8,30 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tameformer.segments import segment_softmax
 from tameformer.shapes import Float, Int
 
 Nodes = Float[Tensor, "nodes features"]
 Edges = Int[Tensor, "2 edges"]
 """From the first row to the second."""
-
-
-def segment_softmax(
-    logits: Float[Tensor, "edges heads"], segments: Int[Tensor, " edges"], count: int
-) -> Float[Tensor, "edges heads"]:
-    """Softmax over the edges of each segment, in float32 or wider; `segments` are numbers below `count`.
-
-    Example:
-        >>> segment_softmax(torch.zeros(3, 1), torch.tensor([0, 1, 1]), 2).flatten()
-        tensor([1.0000, 0.5000, 0.5000])
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    places = segments[:, None].expand_as(logits)
-    # The largest of a segment is a constant as far as the softmax goes, so that no gradient has to pass it.
-    largest = logits.detach().new_full((count, logits.shape[1]), -torch.inf)
-    largest = largest.scatter_reduce(0, places, logits.detach(), "amax")
-    weights = (logits - largest.gather(0, places)).exp()
-    total = weights.new_zeros(count, logits.shape[1]).scatter_add(0, places, weights)
-    return weights / total.gather(0, places)
 
 
 class GraphAttention(nn.Module):

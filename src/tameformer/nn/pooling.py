@@ -86,9 +86,9 @@ class AttentionPooling(Pooling):
 
     def forward(self, x: Stream, head: Head, real: Real | None = None) -> Logits:
         """The logits; padding has weight 0."""
-        logits = x @ self.score.to(x.dtype)
-        weights = (logits if real is None else logits.masked_fill(~real, -torch.inf)).softmax(-1)
-        return head((weights[:, None] @ x)[:, 0])
+        logits = (x @ self.score.to(x.dtype))[:, None, None]  # one head, one query: probes know attention by its axes
+        weights = (logits if real is None else logits.masked_fill(~real[:, None, None], -torch.inf)).softmax(-1)
+        return head((weights[:, 0] @ x)[:, 0])
 
 
 class SoftmaxPooling(Pooling):

@@ -8,12 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tameformer.segments import segment_softmax
+
+_SEQUENCES_OF_ONE_QUERY = 32
+
 
 @dataclass(frozen=True)
 class AttentionCall:
     """One call of attention, cut to its first sequences and detached from the graph.
 
-    Either `query` and `key` are there, or `logits`, where a model computed its own softmax.
+    Either `query` and `key` are there, or `logits`, where a model computed its own softmax. Where queries see neighbourhoods of
+    their own (the nodes of a graph), the logits are (edges, heads), and `groups` and `num_queries` come with them.
     """
 
     layer: str
@@ -31,7 +36,11 @@ class AttentionCall:
     scale: float | None = None
     """Factor on the dot products; None is 1/sqrt(head_dim)."""
     logits: Tensor | None = None
-    """(batch, heads, query, key), masked entries at the smallest number of their type or -inf."""
+    """(batch, heads, query, key), masked entries at the smallest number of their type or -inf; (edges, heads) with groups."""
+    groups: Tensor | None = None
+    """The query of each row of logits, (edges,)."""
+    num_queries: int = 0
+    """How many queries there are, those without an edge included; read with groups only."""
 
 
 Reader = Callable[[str, int | None, tuple[Any, ...], Mapping[str, Any]], AttentionCall | None]
@@ -43,6 +52,9 @@ def _scaled_dot_product(
 ) -> AttentionCall | None:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if given["query"].is_nested:
+        return None
+    sequences = _looked_at(given["query"].shape[-2], sequences)
     query, key, value = (_heads_form(given[name], sequences) for name in ("query", "key", "value"))
     if query is None or key is None or value is None:
         return None
@@ -73,6 +85,7 @@ def _multi_head(
     inputs = [given[name] for name in ("query", "key", "value")]
     if inputs[0].dim() == 2:
         inputs = [tensor.unsqueeze(1) for tensor in inputs]
+    sequences = _looked_at(inputs[0].shape[0], sequences)
     inputs = [tensor[:, :sequences].detach() for tensor in inputs]
     if given.get("use_separate_proj_weight"):
         weights = [given[f"{name}_proj_weight"].detach() for name in "qkv"]
@@ -120,7 +133,15 @@ def _softmax(
     logits = given["input"]
     if logits.dim() != 4 or given.get("dim") not in (-1, 3) or not logits.is_floating_point():
         return None
-    return AttentionCall(layer, logits=logits[:sequences].detach())
+    return AttentionCall(layer, logits=_first(logits.detach(), _looked_at(logits.shape[2], sequences)))
+
+
+def _segment_softmax(
+    layer: str, sequences: int | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> AttentionCall:
+    """Attention along edges: all of it, because a graph is one sequence."""
+    given = {**dict(zip(("logits", "groups", "count"), args, strict=False)), **kwargs}
+    return AttentionCall(layer, logits=given["logits"].detach(), groups=given["groups"], num_queries=given["count"])
 
 
 READERS: dict[Any, Reader] = {
@@ -129,6 +150,7 @@ READERS: dict[Any, Reader] = {
     F.softmax: _softmax,
     torch.softmax: _softmax,
     torch.Tensor.softmax: _softmax,
+    segment_softmax: _segment_softmax,
 }
 """Which functions make attention, and how each is read."""
 
@@ -145,6 +167,11 @@ def _heads_form(tensor: Tensor, sequences: int | None) -> Tensor | None:
 def _four(tensor: Tensor) -> Tensor:
     """Four axes: missing leading ones are 1."""
     return tensor.detach().reshape((1,) * (4 - tensor.dim()) + tensor.shape) if tensor.dim() < 4 else tensor.detach()
+
+
+def _looked_at(num_queries: int, sequences: int | None) -> int | None:
+    """How many sequences; more where each asks once (pooling, a recurrent decoder), and one alone would say little."""
+    return sequences if sequences is None or num_queries > 1 else sequences * _SEQUENCES_OF_ONE_QUERY
 
 
 def _first(tensor: Tensor, sequences: int | None) -> Tensor:

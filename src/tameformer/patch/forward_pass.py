@@ -22,11 +22,12 @@ _SUMS = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Te
 _NORMS = {F.layer_norm, F.rms_norm, torch.layer_norm, torch.rms_norm}
 _ACTIVATIONS = {F.relu, torch.relu, Tensor.relu, F.gelu, F.silu}
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
+_MIXTURES = {torch.index_add, Tensor.index_add, Tensor.index_add_}
 _LOOKED_AT: dict[str, tuple[tuple[str, Iterable[Any]], ...]] = {
     "on_branch": (("sum", _SUMS), ("norm", _NORMS)),
     "on_activation": (("activation", _ACTIVATIONS),),
     "on_attention": (("attention", READERS),),
-    "on_heads": (("attention", READERS), ("product", _PRODUCTS)),
+    "on_heads": (("attention", READERS), ("product", _PRODUCTS), ("mixture", _MIXTURES)),
     "on_block": (),
 }
 """By event, the functions that make it."""
@@ -63,6 +64,7 @@ class ForwardPass(TorchFunctionMode):
         self._stream = ResidualStream()
         self._activated: set[str] = set()
         self._weights_shape: torch.Size | None = None  # of a softmax whose product with the values is still to come
+        self._mixtures_shape: tuple[int, ...] | None = None  # of nodes and heads whose mixtures are still to come
         self._handles: list[RemovableHandle] = []
         self._undo = ExitStack()
 
@@ -148,6 +150,9 @@ class ForwardPass(TorchFunctionMode):
             heads = output if output.dim() == 4 else output.flatten(2, 3)[:, :, : self._weights_shape[2]]
             self._weights_shape = None
             self._tell("on_heads", self._running[-1], heads[: self.sequences].detach())
+        elif kind == "mixture" and output.dim() == 3 and output.shape[:2] == self._mixtures_shape:
+            self._mixtures_shape = None
+            self._tell("on_heads", self._running[-1], output.detach().transpose(0, 1)[None])
         return output
 
     def _attention(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -159,7 +164,9 @@ class ForwardPass(TorchFunctionMode):
             return output
         self.attention_layers.add(layer)
         self._tell("on_attention", call)
-        if call.logits is not None:
+        if call.logits is not None and call.groups is not None:
+            self._mixtures_shape = (call.num_queries, call.logits.shape[1])
+        elif call.logits is not None:
             self._weights_shape = args[0].shape if args else kwargs["input"].shape
         elif "on_heads" in self._wanted:
             self._tell("on_heads", layer, _heads(func, call, output, self.sequences))

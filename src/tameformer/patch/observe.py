@@ -26,7 +26,8 @@ class Observation:
         model: The root whose calls are forward passes; compiled and distributed ones are looked into, see `unwrapped`.
         observers: Who is told.
         optimizers: Whose steps end the observed step; without any, no gradients and updates are told.
-        sequences: How many sequences of a batch `on_attention` and `on_heads` get; None is all.
+        sequences: How many sequences of a batch `on_attention` and `on_heads` get; None is all. Of attention with one query a
+            sequence `on_attention` gets 32 times as many, of a graph all.
         counts: Asked when a forward pass begins whether it is one to observe; evaluation inside a training step is not.
     """
 

@@ -14,11 +14,16 @@ from torch import Tensor
 from tameformer.nn.attention.entropy import stratified_rows
 from tameformer.nn.attention.entropy_bounds import centred_logit_norm, entropy_lower_bound
 from tameformer.patch import AttentionCall
+from tameformer.probes.edge_entropy import edge_statistics
 from tameformer.probes.probe import Probe
 from tameformer.shapes import Bool, Float, Int
 
 _HIDDEN = -1e30  # finite, so that no difference of infinities comes up
 _BOUND_ROWS = 8
+_STEPS = 256
+"""Calls of one query each that are kept of a layer."""
+Rows = tuple[Tensor, Tensor | None, Tensor | None]
+"""Logits, which keys are visible, which rows are real queries: see `row_logits`."""
 
 
 class AttentionEntropy(Probe):
@@ -34,7 +39,8 @@ class AttentionEntropy(Probe):
     - `diag/attention_entropy_max/<layer>`: one value a layer, the mean logarithm of the number of visible keys.
 
     Queries that may attend to nothing, or not to their own position where queries and keys are equally many, are padding and
-    do not count. Where a layer calls attention several times in a forward pass, the first call counts.
+    do not count. Where a layer calls attention several times in a forward pass, the first call counts, but calls of one query
+    each (a recurrent decoder's) are the rows of one. Attention along the edges of a graph is measured at all queries, exactly.
 
     Args:
         rows: Query rows of each sequence and head.
@@ -42,25 +48,39 @@ class AttentionEntropy(Probe):
 
     def __init__(self, *, rows: int = 32) -> None:
         self.rows = rows
-        self._seen: dict[str, tuple[Tensor, Tensor | None, Tensor | None]] = {}
+        self._seen: dict[str, list[Rows]] = {}
+        self._along_edges: dict[str, dict[str, Tensor]] = {}
 
     def on_begin(self) -> None:
         """Forget the last step."""
         self._seen.clear()
+        self._along_edges.clear()
 
     def on_attention(self, call: AttentionCall) -> None:
         """Keep the logits of a few rows; they are evaluated together, because small operations cost their call."""
-        if call.layer not in self._seen:
-            self._seen[call.layer] = row_logits(call, self.rows)
+        if call.logits is not None and call.groups is not None:
+            if call.layer not in self._along_edges:
+                self._along_edges[call.layer] = edge_statistics(call.logits, call.groups, call.num_queries)
+            return
+        seen = self._seen.setdefault(call.layer, [])
+        if not seen:
+            seen.append(row_logits(call, self.rows))
+        elif seen[0][0].shape[2] == 1 == _num_queries(call) and len(seen) < _STEPS:
+            rows = row_logits(call, self.rows)
+            if _shapes(rows) == _shapes(seen[0]):
+                seen.append(rows)
 
     def read(self) -> Mapping[str, Tensor]:
         """The values of the last observed step, on the device."""
-        found: dict[str, dict[str, Tensor]] = {layer: {} for layer in self._seen}
-        for layers in _alike(self._seen):
-            logits, visible, counted = zip(*(self._seen[layer] for layer in layers), strict=True)
+        seen = {layer: _joined(calls) for layer, calls in self._seen.items()}
+        found: dict[str, dict[str, Tensor]] = {layer: {} for layer in seen}
+        for layers in _alike(seen):
+            logits, visible, counted = zip(*(seen[layer] for layer in layers), strict=True)
             for name, values in row_statistics(torch.stack(logits), _stack(visible), _stack(counted)).items():
                 for layer, value in zip(layers, values.unbind(), strict=True):
                     found[layer][f"diag/{name}/{layer}"] = value
+        for layer, statistics in self._along_edges.items():
+            found.setdefault(layer, {}).update({f"diag/{name}/{layer}": value for name, value in statistics.items()})
         return {key: value for values in found.values() for key, value in values.items()}
 
     def summary(self, values: Mapping[str, float]) -> Mapping[str, float]:
@@ -69,15 +89,14 @@ class AttentionEntropy(Probe):
         return {"train/attention_entropy": math.fsum(heads) / len(heads)} if heads else {}
 
 
-def row_logits(call: AttentionCall, rows: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def row_logits(call: AttentionCall, rows: int) -> Rows:
     """The logits of evenly spread query rows, each sequence with its own rows.
 
     Returns:
         Logits, float32, (batch, heads, rows, key); which keys are visible, broadcasting to that, None for all; which rows
         are real queries, (batch, 1 or heads, rows), None for all.
     """
-    source = call.query if call.query is not None else call.logits
-    assert source is not None
+    source = _source(call)
     batch, length = source.shape[0], source.shape[2]
     chosen = _spread(batch, length, rows, source.device)
     if call.logits is not None:
@@ -160,12 +179,38 @@ def _smallest(values: Tensor, kept: Tensor) -> Tensor:
     return torch.where(kept, values, torch.inf).amin((1, 3))
 
 
-def _alike(seen: Mapping[str, tuple[Tensor, Tensor | None, Tensor | None]]) -> list[list[str]]:
+def _source(call: AttentionCall) -> Tensor:
+    """What says where the queries are, (batch, heads, query, ...)."""
+    source = call.query if call.query is not None else call.logits
+    assert source is not None
+    return source
+
+
+def _num_queries(call: AttentionCall) -> int:
+    return _source(call).shape[2]
+
+
+def _joined(calls: Sequence[Rows]) -> Rows:
+    """The rows of several calls as those of one."""
+    if len(calls) == 1:
+        return calls[0]
+    logits, visible, counted = (
+        None if parts[0] is None else torch.cat([part for part in parts if part is not None], dim=2)
+        for parts in zip(*calls, strict=True)
+    )
+    assert logits is not None
+    return logits, visible, counted
+
+
+def _shapes(rows: Rows) -> tuple[object, ...]:
+    return tuple(None if tensor is None else (tensor.shape, tensor.device) for tensor in rows)
+
+
+def _alike(seen: Mapping[str, Rows]) -> list[list[str]]:
     """The layers in groups whose tensors can be stacked."""
     groups: dict[object, list[str]] = {}
-    for layer, tensors in seen.items():
-        shapes = tuple(None if tensor is None else (tensor.shape, tensor.device) for tensor in tensors)
-        groups.setdefault(shapes, []).append(layer)
+    for layer, rows in seen.items():
+        groups.setdefault(_shapes(rows), []).append(layer)
     return list(groups.values())
 
 

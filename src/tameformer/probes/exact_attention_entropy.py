@@ -12,6 +12,7 @@ from torch import Tensor
 from tameformer.nn.attention.entropy import attention_entropy, centred_keys, logits_entropy
 from tameformer.nn.attention.logsumexp import entropy_from_logsumexp
 from tameformer.patch import AttentionCall
+from tameformer.probes.edge_entropy import edge_entropy
 from tameformer.probes.probe import Probe
 
 
@@ -46,6 +47,8 @@ class ExactAttentionEntropy(Probe):
 
 def all_entropies(call: AttentionCall) -> Tensor:
     """Entropy in nats of every query of a call, (batch, heads, query); NaN where nothing is visible."""
+    if call.logits is not None and call.groups is not None:
+        return edge_entropy(call.logits, call.groups, call.num_queries).T[None]
     if call.logits is not None:
         lowest = torch.finfo(call.logits.dtype).min / 2
         return logits_entropy(call.logits.float(), call.logits > lowest)
@@ -63,7 +66,10 @@ def _unseeing(entropy: Tensor, call: AttentionCall) -> Tensor:
     """Where NaN means that nothing was visible; every other NaN stays one."""
     if call.mask is None and call.logits is None:
         return torch.zeros_like(entropy, dtype=torch.bool)
-    if call.logits is not None:
+    if call.groups is not None:
+        has_edges = torch.zeros(call.num_queries, device=entropy.device).index_fill(0, call.groups, 1) > 0
+        hidden = ~has_edges
+    elif call.logits is not None:
         hidden = (call.logits <= torch.finfo(call.logits.dtype).min / 2).all(-1)
     else:
         assert call.mask is not None

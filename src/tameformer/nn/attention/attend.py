@@ -101,9 +101,9 @@ def attention_weights(
     if is_causal:
         mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
     if mask is None:
-        return logits.softmax(-1)
+        return _softmax(logits)
     # The smallest number rather than -inf: a row of nothing else has a softmax with a gradient.
-    weights = logits.masked_fill(~mask, torch.finfo(logits.dtype).min).softmax(-1)
+    weights = _softmax(logits.masked_fill(~mask, torch.finfo(logits.dtype).min))
     return weights if is_causal else weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
 
 
@@ -187,6 +187,15 @@ def check_one_mask(mask: Tensor | None, is_causal: bool) -> None:
             "expected either mask or is_causal=True, got both; put the causal part into the mask: "
             "mask & causal_mask(query_length, key_length)"
         )
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    """Over the keys, from (batch, heads, query, key), by which whoever watches knows attention from any other softmax."""
+    if logits.dim() == 4:
+        return logits.softmax(-1)
+    # Without an axis of heads there is one; further leading axes are sequences.
+    headed = logits.unsqueeze(-3) if logits.dim() < 4 else logits
+    return headed.reshape(-1, *headed.shape[-3:]).softmax(-1).view(logits.shape)
 
 
 def _with_leading(query: Tensor, tensor: Tensor) -> Tensor:
