@@ -42,6 +42,25 @@ def test_a_recurrent_decoder_is_its_recurrence_step_by_step(architecture):
         torch.testing.assert_close(model(tokens)[0, place], expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("architecture", ["lstm", "gru"])
+def test_packed_documents_are_read_each_from_the_beginning(architecture):
+    model = decoder(architecture=architecture, num_layers=2)
+    tokens = torch.tensor([[3, 1, 6, 0, 2, 5], [4, 4, 1, 2, 0, 0]])
+    lengths = [(3, 1, 2), (4, 1, 1)]  # the last two of the second row are padding, at position 0 each
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+    packed = model(tokens, positions=positions)
+    for row, pieces in enumerate(lengths):
+        alone = [model(piece[None])[0] for piece in tokens[row].split(pieces)]
+        torch.testing.assert_close(packed[row], torch.cat(alone), rtol=0, atol=1e-12)
+    whole = torch.arange(6).expand(2, -1)
+    torch.testing.assert_close(model(tokens, positions=whole), model(tokens), rtol=0, atol=1e-12)
+    assert not torch.allclose(packed, model(tokens))
+    grads = [
+        torch.autograd.grad(model(tokens, positions=positions)[0, at].sum(), model.embedding.weight)[0] for at in (3, 5)
+    ]
+    assert [grad[:7].any(1).nonzero().flatten().tolist() for grad in grads] == [[0], [2, 5]]
+
+
 def test_recurrent_layers_read_dropped_inputs_in_training_only():
     model = decoder(dropout=0.5)
     tokens = torch.zeros(1, 4, dtype=torch.long)

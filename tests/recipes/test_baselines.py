@@ -28,12 +28,16 @@ def text(tmp_path_factory):
         ("char-lm", "lstm", "z_loss"),
         ("char-lm", "gru", "z_loss"),
         ("char-lm", "universal", "sigma_reparam"),
+        ("lm", "lstm", "z_loss"),
+        ("lm", "gru", "z_loss"),
         ("vit-digits", "resnet", "sigma_reparam"),
         ("vit-digits", "cnn", "sigma_reparam"),
     ],
 )
 def test_learns_is_diagnosed_and_exported(recipe, architecture, method, text, tmp_path, capsys):
-    values = {**LM, "data.path": text} if recipe == "char-lm" else IMAGES
+    values = IMAGES if recipe == "vit-digits" else {**LM, "data.path": text}
+    if recipe == "lm":
+        values |= {"data.validation_path": text, "data.vocab_size": 300, "data.batch_size": 4}
     if architecture == "universal":
         del values["model.num_layers"]
         values |= {"model.num_steps": 2, "optim.peak_lr": 0.05}

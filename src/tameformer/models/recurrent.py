@@ -7,8 +7,9 @@ Transformer.
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from tameformer.models.stack import check_choices, check_probabilities
 from tameformer.nn.embedding import OutputHead, TokenEmbedding
@@ -58,9 +59,16 @@ class RecurrentDecoder(nn.Module):
         """Number of tokens, without padding rows."""
         return self.embedding.vocab_size
 
-    def forward(self, tokens: Tokens) -> Float[Tensor, "batch seq vocab"]:
-        """Logits over the vocabulary after each token, from a state of zeros before the first."""
-        states, _ = self.recurrence(self.dropout(self.embedding(tokens)))
+    def forward(self, tokens: Tokens, *, positions: Tokens | None = None) -> Float[Tensor, "batch seq vocab"]:
+        """Logits over the vocabulary after each token, from a state of zeros before the first.
+
+        Args:
+            tokens: token numbers below `vocab_size`.
+            positions: position of each token; where it is 0 another document begins, which sees none before it. None is one
+                document a row.
+        """
+        x = self.dropout(self.embedding(tokens))
+        states = self.recurrence(x)[0] if positions is None else restarting(self.recurrence, x, positions == 0)
         return self.head(self.dropout(states))
 
 
@@ -86,6 +94,27 @@ class RecurrentEncoder(nn.Module):
         return pad_packed_sequence(self.recurrence(packed)[0], batch_first=True, total_length=x.shape[1])[0]
 
 
+def restarting(layers: nn.LSTM | nn.GRU, x: Stream, begins: Real) -> Stream:
+    """What the layers give for each stretch on its own; one begins wherever `begins` is True, and with every row.
+
+    Example:
+        >>> layers, x = nn.GRU(2, 3, batch_first=True), torch.randn(1, 5, 2)
+        >>> two = torch.cat([layers(x[:, :2])[0], layers(x[:, 2:])[0]], dim=1)
+        >>> torch.allclose(restarting(layers, x, torch.tensor([[True, False, True, False, False]])), two, atol=1e-6)
+        True
+    """
+    firsts = begins.clone()
+    firsts[:, 0] = True
+    starts = firsts.flatten().nonzero().squeeze(1)
+    stretch = firsts.flatten().cumsum(0) - 1
+    place = torch.arange(len(stretch), device=x.device) - starts[stretch]
+    rank = stretch.bincount().argsort(descending=True, stable=True).argsort()
+    # Packed as torch packs sequences: the first tokens of all, longest stretch first, then the second ones.
+    order = (place * len(starts) + rank[stretch]).argsort()
+    packed = PackedSequence(x.flatten(0, 1)[order], place.bincount().cpu())
+    return layers(packed)[0].data[order.argsort()].view(*x.shape[:2], -1)
+
+
 def recurrence(config: RecurrentConfig, dim: int, *, bidirectional: bool = False) -> nn.LSTM | nn.GRU:
     """The layers that `config` describes, of `dim` features a direction; they read vectors of width `config.dim`."""
     between = config.dropout if config.num_layers > 1 else 0.0  # torch warns of dropout that no layer follows
@@ -98,7 +127,6 @@ def recurrent_decoder(config: RecurrentDecoderConfig, *, vocab_size: int) -> Rec
     """A recurrent language model with fresh weights, the same for the same `torch.manual_seed`.
 
     Example:
-        >>> import torch
         >>> model = recurrent_decoder(RecurrentDecoderConfig(architecture="gru", dim=32), vocab_size=65)
         >>> model(torch.zeros(1, 8, dtype=torch.long)).shape
         torch.Size([1, 8, 65])

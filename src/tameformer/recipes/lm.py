@@ -1,7 +1,7 @@
 """A language model over byte-pair tokens: documents packed whole, perplexity told per token and per byte."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from tameformer.data import SequentialBatches, ShuffledBatches
 from tameformer.data.documents import read_documents
-from tameformer.data.packing import PackedDocuments, pack_texts
+from tameformer.data.packing import NO_DOCUMENT, PackedDocuments, pack_texts
 from tameformer.data.tokenizers import BPETokenizer, train_bpe
 from tameformer.errors import ConfigError
 from tameformer.health import prior_loss
-from tameformer.models import Architecture, DecoderConfig, UniversalDecoderConfig
+from tameformer.models import Architecture, DecoderConfig, RecurrentDecoderConfig, UniversalDecoderConfig
 from tameformer.nn.masks import document_mask
 from tameformer.recipes.assemble import assemble, frequencies, require_path
 from tameformer.recipes.config import RecipeConfig
@@ -24,6 +24,8 @@ from tameformer.training import Engine, Run
 from tameformer.training.step import Batch
 
 TOKENIZER = "tokenizer.json"
+Call = Callable[[nn.Module, Batch], Tensor]
+"""From a model and a batch of windows to the logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +64,8 @@ class Config(RecipeConfig):
 
     data: DocumentsConfig = field(default_factory=DocumentsConfig)
     """The documents."""
-    model: DecoderConfig | UniversalDecoderConfig = field(default_factory=DecoderConfig)
-    """The decoder, or one layer of it applied several times (universal); its `max_length` is the context."""
+    model: DecoderConfig | UniversalDecoderConfig | RecurrentDecoderConfig = field(default_factory=DecoderConfig)
+    """The decoder, one layer of it applied several times (universal), or a recurrent network; `max_length` is the context."""
     num_train_epochs: int | None = 1
     """Passes over the training data; `max_steps` wins when both are given."""
 
@@ -73,19 +75,20 @@ def build(config: Config, folder: Path) -> Run:
     learning, judging = texts(config.data)
     tokenizer = find_tokenizer(config.data, folder, learning)
     train, held_out = (pack_texts(part, tokenizer, config.model.max_length) for part in (learning, judging))
+    call = remembered if isinstance(config.model, RecurrentDecoderConfig) else attended
     return assemble(
         config,
         folder=folder,
         model=Architecture.of(config.model, vocab_size=tokenizer.vocab_size),
         source=train,
         plan=ShuffledBatches(len(train), config.data.batch_size, seed=config.order_seed),
-        loss=with_ponder_cost(packed_loss, config.model),
+        loss=with_ponder_cost(partial(packed_loss, call=call), config.model, real=real_positions),
         unit="tokens",
-        evaluate=partial(evaluate, source=held_out, batch_size=config.data.eval_batch_size),
+        evaluate=partial(evaluate, source=held_out, batch_size=config.data.eval_batch_size, call=call),
         trivial_loss=prior_loss(frequencies(train, tokenizer.vocab_size).tolist()),
         num_workers=config.data.num_workers,
         artifacts={TOKENIZER: tokenizer.to_json()},
-        mask=lambda batch: {"encoder": batch["documents"] >= 0},
+        mask=lambda batch: {"encoder": real_positions(batch)},
     )
 
 
@@ -117,15 +120,31 @@ def find_tokenizer(data: DocumentsConfig, folder: Path, learning: list[str]) -> 
     return BPETokenizer.load(kept) if kept.is_file() else train_bpe(learning, data.vocab_size)
 
 
-def packed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy summed over the targets; no document sees another."""
-    logits = model(batch["tokens"], mask=document_mask(batch["documents"]), positions=batch["positions"])
-    return token_loss(logits, batch["targets"])
+def real_positions(batch: Batch) -> Tensor:
+    """Where a window holds a document."""
+    return batch["documents"] != NO_DOCUMENT
 
 
-def evaluate(engine: Engine, model: nn.Module, *, source: PackedDocuments, batch_size: int) -> dict[str, float]:
+def attended(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits of a Transformer, in which no document sees another."""
+    return model(batch["tokens"], mask=document_mask(batch["documents"]), positions=batch["positions"])
+
+
+def remembered(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits of a recurrent network, which forgets one document before the next."""
+    return model(batch["tokens"], positions=batch["positions"])
+
+
+def packed_loss(model: nn.Module, batch: Batch, *, call: Call = attended) -> Tensor:
+    """Cross-entropy summed over the targets."""
+    return token_loss(call(model, batch), batch["targets"])
+
+
+def evaluate(
+    engine: Engine, model: nn.Module, *, source: PackedDocuments, batch_size: int, call: Call = attended
+) -> dict[str, float]:
     """Mean cross-entropy in nats per token; perplexity per token, and per byte of the text (end tokens included)."""
-    metrics = one_pass(engine, model, source, SequentialBatches(len(source), batch_size), measure)
+    metrics = one_pass(engine, model, source, SequentialBatches(len(source), batch_size), partial(measure, call=call))
     assert source.total_bytes is not None, "pack_texts counts them"
     loss = metrics["loss"]
     per_byte = loss * source.total_targets / source.total_bytes
@@ -137,6 +156,6 @@ def evaluate(engine: Engine, model: nn.Module, *, source: PackedDocuments, batch
     }
 
 
-def measure(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+def measure(model: nn.Module, batch: Batch, *, call: Call) -> Mapping[str, Tensor]:
     """Sums over a batch of windows."""
-    return {"loss": packed_loss(model, batch)}
+    return {"loss": packed_loss(model, batch, call=call)}
