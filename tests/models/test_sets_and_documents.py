@@ -6,7 +6,15 @@ from torch import nn
 
 import tameformer as tame
 from tameformer.errors import ConfigError
-from tameformer.models import Architecture, HierarchicalConfig, SetConfig, hierarchical_classifier, set_classifier
+from tameformer.models import (
+    Architecture,
+    HierarchicalConfig,
+    SetConfig,
+    TokenSetConfig,
+    hierarchical_classifier,
+    set_classifier,
+    token_set_classifier,
+)
 from tameformer.nn.query_pooling import QueryPooling
 
 SMALL = {"dim": 16, "num_heads": 4}
@@ -40,6 +48,30 @@ def test_order_and_padding_change_nothing(kind, pooling, size, padding, seed):
     shuffled = torch.randperm(size + padding)
     real = torch.arange(size + padding).expand(2, -1) < size
     torch.testing.assert_close(model(padded[:, shuffled], real=real[:, shuffled]), expected, rtol=1e-11, atol=1e-11)
+
+
+@settings(max_examples=10)
+@given(size=st.integers(1, 6), seed=st.integers(0, 2**31))
+def test_a_text_is_the_multiset_of_its_tokens(size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(0)
+    model = token_set_classifier(TokenSetConfig(**SMALL), vocab_size=12, num_classes=3).double().eval()
+    tokens = torch.randint(12, (1, size), generator=generator)
+    expected, order = model(tokens), torch.randperm(size, generator=generator)
+    torch.testing.assert_close(model(tokens[:, order]), expected, rtol=1e-11, atol=1e-11)
+    other = (tokens[:, :1] + 1) % 12
+    once, twice = torch.cat([tokens[:, :1], other], 1), torch.cat([tokens[:, :1], tokens[:, :1], other], 1)
+    assert (model(twice) - model(once)).abs().max() > 1e-6  # how often counts
+
+
+def test_texts_go_through_a_dropped_head_in_training_only():
+    torch.manual_seed(0)
+    model = token_set_classifier(TokenSetConfig(**SMALL, head_dropout=0.5), vocab_size=12, num_classes=3)
+    tokens = torch.tensor([[3, 4]])
+    assert not model(tokens).equal(model(tokens))
+    assert model.eval()(tokens).equal(model(tokens))
+    with pytest.raises(ValueError, match=r"expected 0 <= head_dropout < 1, got 1\.0"):
+        TokenSetConfig(head_dropout=1.0)
 
 
 def test_outputs_at_elements_move_with_them():

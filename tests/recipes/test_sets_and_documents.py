@@ -10,7 +10,7 @@ import torch
 import tameformer as tame
 from tameformer.cli.__main__ import main
 from tameformer.data import SampleKeys
-from tameformer.data.point_sets import PointSets
+from tameformer.data.point_sets import PointSets, TokenSets
 from tameformer.data.sentences import TokenizedDocuments, sentences
 from tameformer.data.sources import digits
 from tameformer.data.tokenizers import BPETokenizer
@@ -30,15 +30,27 @@ def test_a_point_is_where_a_pixel_is_and_how_bright():
     brightest = np.argsort(-image.ravel(), kind="stable")[:5]
     expected = np.stack([brightest // 8 / 3.5 - 1, brightest % 8 / 3.5 - 1, image.ravel()[brightest]], axis=1)
     assert points["real"].all()
-    np.testing.assert_allclose(points["points"][0], expected, atol=1e-6)
+    np.testing.assert_allclose(points["elements"][0], expected, atol=1e-6)
 
 
 def test_black_pixels_are_no_points_and_padding_is_told():
     source, keys = digits("train"), SampleKeys(0, 0, np.arange(10))
     batch = PointSets(source, 64).fetch(keys)
     assert batch["real"].sum(1).tolist() == (source.images[:10, 0] > 0).sum((1, 2)).tolist()
-    assert (batch["points"][~batch["real"]] == 0).all()
+    assert (batch["elements"][~batch["real"]] == 0).all()
     assert PointSets(source, 64).width == 3
+
+
+def test_a_token_is_where_a_pixel_is_and_its_level():
+    source, keys = digits("train"), SampleKeys(0, 0, np.arange(10))
+    sets = TokenSets(source, 64, levels=4)
+    assert sets.vocab_size == 64 * 4
+    batch = sets.fetch(keys)
+    assert batch["real"].equal(PointSets(source, 64).fetch(keys)["real"])
+    for image, elements, real in zip(source.images[:10, 0], batch["elements"], batch["real"], strict=True):
+        wanted = {place * 4 + min(int(value * 4), 3) for place, value in enumerate(image.ravel().tolist()) if value > 0}
+        assert set(elements[real].tolist()) == wanted
+        assert len(wanted) == real.sum()
 
 
 def test_texts_are_cut_into_sentences_and_padded_on_both_axes():
@@ -60,10 +72,10 @@ def test_sets_are_learned_in_any_order(tmp_path, capsys):
     tame.export(tmp_path / "run", tmp_path / "out")
     model = tame.load(tmp_path / "out")
     batch = PointSets(digits("test"), 64).fetch(SampleKeys(0, 0, np.arange(4)))
-    order = torch.randperm(batch["points"].shape[1], generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(batch["elements"].shape[1], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        first = model(batch["points"], real=batch["real"])
-        second = model(batch["points"][:, order], real=batch["real"][:, order])
+        first = model(batch["elements"], real=batch["real"])
+        second = model(batch["elements"][:, order], real=batch["real"][:, order])
     torch.testing.assert_close(first, second)
     assert main(["diagnose", str(tmp_path / "run")]) == 0
     assert "Attention heads" in capsys.readouterr().out
@@ -71,11 +83,27 @@ def test_sets_are_learned_in_any_order(tmp_path, capsys):
     assert np.isfinite(tame.train("set", overrides=values).metrics["eval/loss"])
     for changes, message in (
         ({"max_points": 0}, "max_points must be at least 1, got 0"),
-        ({"model.elements": "tokens"}, r"points are vectors, got model\.elements tokens"),
+        ({"levels": 0}, "levels must be at least 1, got 0"),
         ({"data.cutmix_alpha": 1.0}, r"data\.cutmix_alpha mixes images"),
     ):
         with pytest.raises(Exception, match=message):
             tame.train("set", overrides={**changes, "output_dir": str(tmp_path / "none")})
+
+
+def test_sets_of_tokens_are_learned_in_any_order(tmp_path, capsys):
+    values = {**SMALL, "max_steps": 60, "model.num_heads": 2, "model.elements": "tokens", "levels": 2}
+    result = tame.train("set", overrides={**values, "output_dir": str(tmp_path / "run")})
+    assert result.metrics["eval/accuracy"] > 0.25
+    tame.export(tmp_path / "run", tmp_path / "out")
+    model = tame.load(tmp_path / "out")
+    batch = TokenSets(digits("test"), 64, levels=2).fetch(SampleKeys(0, 0, np.arange(4)))
+    order = torch.randperm(batch["elements"].shape[1], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first = model(batch["elements"], real=batch["real"])
+        second = model(batch["elements"][:, order], real=batch["real"][:, order])
+    torch.testing.assert_close(first, second)
+    assert main(["diagnose", str(tmp_path / "run")]) == 0
+    assert "Attention heads" in capsys.readouterr().out
 
 
 def test_documents_are_learned_and_their_attention_is_shown_and_escaped(tmp_path, capsys):

@@ -321,7 +321,9 @@ def test_what_is_held_to_other_weights_cannot_change_in_a_resume(key, value, dat
         train("text-classification", overrides={**values, f"finetune.{key}": value}, resume="auto")
 
 
-@pytest.mark.parametrize(("architecture", "method"), [("cnn", "sigma_reparam"), ("lstm", None), ("gru", None)])
+@pytest.mark.parametrize(
+    ("architecture", "method"), [("cnn", "sigma_reparam"), ("lstm", None), ("gru", None), ("set", "sigma_reparam")]
+)
 def test_other_networks_learn_in_the_same_run_and_are_exported(architecture, method, data, tmp_path):
     values = classifier(data, tmp_path / "run", **{"model.architecture": architecture, "max_steps": 40})
     values = {key: value for key, value in values.items() if key not in ("model.num_heads", "model.num_layers")}

@@ -28,7 +28,7 @@ from tameformer.models.recurrent_translation import (
     RecurrentTranslationConfig,
     recurrent_translation,
 )
-from tameformer.models.set import SetClassifier, SetConfig, set_classifier
+from tameformer.models.set import SetClassifier, SetConfig, TokenSetConfig, set_classifier, token_set_classifier
 from tameformer.models.speech import (
     CTCRecognizer,
     DecoderRecognizer,
@@ -97,6 +97,7 @@ __all__ = [
     "SpeechConfig",
     "TextClassifier",
     "TextClassifierConfig",
+    "TokenSetConfig",
     "UniversalConfig",
     "UniversalDecoderConfig",
     "VideoClassifier",
@@ -128,6 +129,7 @@ __all__ = [
     "set_classifier",
     "speech_recognizer",
     "text_classifier",
+    "token_set_classifier",
     "transcription_steps",
     "translation_steps",
     "universal_decoder",

@@ -21,7 +21,7 @@ from tameformer.models.masked_autoencoder import MaskedAutoencoderConfig, masked
 from tameformer.models.recurrent import RecurrentDecoderConfig, recurrent_decoder
 from tameformer.models.recurrent_text import RecurrentTextConfig, recurrent_text_classifier
 from tameformer.models.recurrent_translation import RecurrentTranslationConfig, recurrent_translation
-from tameformer.models.set import SetConfig, set_classifier
+from tameformer.models.set import SetConfig, TokenSetConfig, set_classifier, token_set_classifier
 from tameformer.models.speech import RecurrentSpeechConfig, SpeechConfig, recurrent_recognizer, speech_recognizer
 from tameformer.models.text import TextClassifierConfig, masked_language_model, text_classifier
 from tameformer.models.universal import (
@@ -53,6 +53,7 @@ BUILDERS: dict[str, tuple[Callable[..., nn.Module], type]] = {
     "masked_language_model": (masked_language_model, EncoderConfig),
     "recurrent_translation": (recurrent_translation, RecurrentTranslationConfig),
     "set_classifier": (set_classifier, SetConfig),
+    "token_set_classifier": (token_set_classifier, TokenSetConfig),
     "text_classifier": (text_classifier, TextClassifierConfig),
     "recurrent_recognizer": (recurrent_recognizer, RecurrentSpeechConfig),
     "speech_recognizer": (speech_recognizer, SpeechConfig),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tameformer.models.initialize import Initializer, xavier_init
 from tameformer.models.parts import PARTS
-from tameformer.models.stack import Stack, StackConfig, layer_stack
+from tameformer.models.stack import Stack, StackConfig, check_probabilities, layer_stack
 from tameformer.nn.embedding import TokenEmbedding
 from tameformer.nn.masks import padding_mask
 from tameformer.nn.pooling import Pooling
@@ -40,15 +40,43 @@ class SetConfig(StackConfig):
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenSetConfig(SetConfig):
+    """A classifier of texts that takes each for the multiset of its tokens: how often they occur, and not in which order."""
+
+    architecture: Literal["set"] = "set"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Which architecture this is."""
+    elements: Literal["tokens"] = "tokens"  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Elements are numbers of a vocabulary."""
+    head_dropout: float = 0.1
+    """Probability of dropping a feature on its way into the head."""
+    max_length: int = 256
+    """Longest text, in tokens."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_probabilities(self, "head_dropout")
+
+
 class SetClassifier(nn.Module):
     """Logits of the classes of a set, the same for every order of its elements; built by `set_classifier`."""
 
-    def __init__(self, stem: nn.Module, pooling: Pooling, dropout: float, stack: Stack, head: nn.Linear):
+    def __init__(
+        self,
+        stem: nn.Module,
+        pooling: Pooling,
+        dropout: float,
+        stack: Stack,
+        head: nn.Linear,
+        *,
+        head_dropout: float = 0.0,
+    ):
         super().__init__()
         self.stem = stem
         self.pooling = pooling
         self.dropout = nn.Dropout(dropout)
         self.stack = stack
+        self.head_dropout = nn.Dropout(head_dropout)
         self.head = head
 
     def features(
@@ -63,7 +91,8 @@ class SetClassifier(nn.Module):
     ) -> Float[Tensor, "batch classes"]:
         """Logits of the classes; `real` is True at real elements, None says that none is padding."""
         features = self.features(elements, real=real)
-        return self.pooling(features, self.head, None if real is None else self._extended(real))
+        real = None if real is None else self._extended(real)
+        return self.pooling(features, lambda x: self.head(self.head_dropout(x)), real)
 
     def _extended(self, real: Tensor) -> Tensor:
         extra = self.pooling.extra_tokens
@@ -95,6 +124,18 @@ def set_classifier(
         config.dropout,
         layer_stack(config, num_layers=config.num_layers, max_length=1),
         nn.Linear(config.dim, num_classes),
+        head_dropout=config.head_dropout if isinstance(config, TokenSetConfig) else 0.0,
     )
     initialize(model)
     return model
+
+
+def token_set_classifier(config: TokenSetConfig, *, vocab_size: int, num_classes: int) -> SetClassifier:
+    """The same for texts, in the place of a `text_classifier`.
+
+    Example:
+        >>> model = token_set_classifier(TokenSetConfig(dim=16), vocab_size=65, num_classes=2).eval()
+        >>> bool(torch.allclose(model(torch.tensor([[3, 3, 7]])), model(torch.tensor([[7, 3, 3]])), atol=1e-6))
+        True
+    """
+    return set_classifier(config, input_size=vocab_size, num_classes=num_classes)

@@ -1,4 +1,8 @@
-"""Classes of sets: images as points without an order, by a model that does not know one (Lee et al. 2018, arXiv:1810.00825)."""
+"""Classes of sets: images as points without an order, by a model that does not know one (Lee et al. 2018, arXiv:1810.00825).
+
+The points are real vectors, or with `model.elements tokens` members of a vocabulary. For texts as multisets of their tokens see
+`model.architecture set` of the recipe text-classification.
+"""
 
 import json
 from collections.abc import Mapping
@@ -9,8 +13,8 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tameformer.data import SequentialBatches, ShuffledBatches
-from tameformer.data.point_sets import PointSets
+from tameformer.data import SequentialBatches, ShuffledBatches, Source
+from tameformer.data.point_sets import PointSets, TokenSets
 from tameformer.models import Architecture
 from tameformer.models.set import SetConfig
 from tameformer.recipes.assemble import assemble
@@ -31,15 +35,16 @@ class Config(RecipeConfig):
     """The classifier."""
     max_points: int = 256
     """Points of a set at most: the brightest pixels of an image."""
+    levels: int = 4
+    """Levels of brightness that tokens tell apart, each at each pixel another token; read with model.elements tokens only."""
     num_train_epochs: int | None = 20
     """Passes over the training data; `max_steps` wins when both are given."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_points < 1:
-            raise ValueError(f"max_points must be at least 1, got {self.max_points}")
-        if self.model.elements != "vectors":
-            raise ValueError(f"points are vectors, got model.elements {self.model.elements}; give vectors")
+        for name in ("max_points", "levels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("mixup_alpha", "cutmix_alpha"):
             if getattr(self.data, name):
                 raise ValueError(f"data.{name} mixes images, and sets of points cannot be mixed so; give 0")
@@ -49,12 +54,17 @@ def build(config: Config, folder: Path) -> Run:
     """The run that the configuration describes."""
     data = config.data
     images, judged = sources(data, config.order_seed)
-    train, held_out = (PointSets(source, config.max_points) for source in (images, judged))
+    if config.model.elements == "tokens":
+        train, held_out = (TokenSets(source, config.max_points, config.levels) for source in (images, judged))
+        input_size = train.vocab_size
+    else:
+        train, held_out = (PointSets(source, config.max_points) for source in (images, judged))
+        input_size = train.width
     return assemble(
         config,
         folder=folder,
         model=Architecture(
-            "set_classifier", config.model, {"input_size": train.width, "num_classes": images.num_classes}
+            "set_classifier", config.model, {"input_size": input_size, "num_classes": images.num_classes}
         ),
         source=train,
         plan=ShuffledBatches(len(train), data.batch_size, seed=config.order_seed),
@@ -69,14 +79,14 @@ def build(config: Config, folder: Path) -> Run:
 
 def set_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy summed over the sets."""
-    return F.cross_entropy(model(batch["points"], real=batch["real"]), batch["labels"], reduction="sum")
+    return F.cross_entropy(model(batch["elements"], real=batch["real"]), batch["labels"], reduction="sum")
 
 
-def evaluate(engine: Engine, model: nn.Module, *, source: PointSets, batch_size: int) -> dict[str, float]:
+def evaluate(engine: Engine, model: nn.Module, *, source: Source, batch_size: int) -> dict[str, float]:
     """Mean cross-entropy, and the share of sets whose class was recognized."""
     return one_pass(engine, model, source, SequentialBatches(len(source), batch_size), measure)
 
 
 def measure(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
     """Sums over a batch of sets."""
-    return class_sums(model(batch["points"], real=batch["real"]), batch["labels"])
+    return class_sums(model(batch["elements"], real=batch["real"]), batch["labels"])
