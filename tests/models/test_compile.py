@@ -6,7 +6,8 @@ import pytest
 
 PROGRAM = """
 import torch
-from tameformer.models import DecoderConfig, EncoderDecoderConfig, VisionConfig, decoder, encoder_decoder, vision_classifier
+from tameformer.models import DecoderConfig, EncoderDecoderConfig, GraphConfig, VisionConfig
+from tameformer.models import decoder, encoder_decoder, graph_classifier, vision_classifier
 
 small = dict(dim=32, num_heads=4)
 tokens = torch.randint(1, 70, (2, 8))
@@ -16,6 +17,8 @@ models = [
                      padding_id=0), (tokens, tokens)),
     (vision_classifier(VisionConfig(num_layers=1, **small), num_classes=5, image_size=8, channels=3),
      (torch.randn(2, 3, 8, 8),)),
+    (graph_classifier(GraphConfig(dropout=0.0, attention_dropout=0.0), num_features=5, num_classes=3),
+     (torch.randn(7, 5), torch.tensor([[0, 1, 2], [1, 2, 3]]))),
 ]
 for model, inputs in models:
     compiled = torch.compile(model, fullgraph=True)

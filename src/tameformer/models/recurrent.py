@@ -94,7 +94,7 @@ class RecurrentEncoder(nn.Module):
         return pad_packed_sequence(self.recurrence(packed)[0], batch_first=True, total_length=x.shape[1])[0]
 
 
-def restarting(layers: nn.LSTM | nn.GRU, x: Stream, begins: Real) -> Stream:
+def restarting(layers: nn.LSTM | nn.GRU, x: Stream, begins: Real) -> Float[Tensor, "batch seq features"]:
     """What the layers give for each stretch on its own; one begins wherever `begins` is True, and with every row.
 
     Example:
