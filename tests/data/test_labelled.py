@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tameformer.data import SampleKeys
-from tameformer.data.labelled import LabelledText, TokenizedTexts, joined, read_labelled
+from tameformer.data.labelled import LabelledText, TokenizedTexts, classes_of, joined, read_labelled
 from tameformer.data.length_buckets import LengthBuckets
 from tameformer.errors import DataError
 
@@ -34,9 +34,15 @@ def test_pairs(tmp_path):
     [
         ({"sentence": "a"}, r"line 3: no label; the columns are sentence, and every row needs a class"),
         ({"sentence": "a", "label": None}, r"line 3: no label"),
-        ({"sentence": "a", "label": 2}, r"line 3: label must be a class from 0 below 2, got 2"),
+        (
+            {"sentence": "a", "label": 2},
+            r"line 3: label must be a class from 0 below 2, got 2; correct it, or raise data.num",
+        ),
         ({"sentence": "a", "label": -1}, r"line 3: label must be a class from 0 below 2, got -1; -1 often stands for"),
-        ({"sentence": "a", "label": "good"}, r"line 3: label must be the number of a class, got 'good'"),
+        (
+            {"sentence": "a", "label": "good"},
+            r"line 3: label must be the number of a class, got 'good'; number them 0, 1",
+        ),
         ({"sentence": "a", "label": 0.5}, r"line 3: label must be the number of a class, got 0.5"),
         ({"sentence": " ", "label": 1}, r"line 3: sentence must be text, got ' '"),
         ({"label": 1}, r"line 3: sentence must be text, got None"),
@@ -46,6 +52,25 @@ def test_a_bad_row_is_named(row, message, tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [*ROWS, row]))
     with pytest.raises(DataError, match=message):
         read_labelled(tmp_path / "a.jsonl", num_classes=2)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (
+            [1, 2, 1],
+            r"a\.jsonl, line 2: the label 2 is a class, but no row has class 0; correct the row, number the classes from",
+        ),
+        ([0, 1, 10], r"a\.jsonl, line 3: the label 10 is a class, but no row has class 2"),
+        ([0, 0, 0], r"a\.jsonl, line 1, and all other rows, have class 0, so that there is nothing to tell apart"),
+    ],
+)
+def test_classes_that_nobody_can_count_are_refused(labels, message, tmp_path):
+    rows = [{"sentence": "a", "label": label} for label in labels]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    with pytest.raises(DataError, match=message):
+        classes_of(read_labelled(tmp_path / "a.jsonl"))
+    assert classes_of([LabelledText("a", None, label) for label in (2, 0, 1, 1)]) == 3
 
 
 def test_files_of_another_form_are_refused(tmp_path):
@@ -58,6 +83,11 @@ def test_files_of_another_form_are_refused(tmp_path):
     (tmp_path / "a.txt").write_text("a\n")
     with pytest.raises(DataError, match=r"expected a name that ends in \.jsonl, \.csv or \.tsv"):
         read_labelled(tmp_path / "a.txt")
+    (tmp_path / "a.csv").write_text("text,label\na,1\na day, or two,0\n")
+    with pytest.raises(
+        DataError, match=r"a\.csv, row 2: more cells than columns, the last is '0'; quote texts that hold"
+    ):
+        read_labelled(tmp_path / "a.csv")
     (tmp_path / "b.tsv").write_text("text\tlabel\n")
     with pytest.raises(DataError, match="has no rows"):
         read_labelled(tmp_path / "b.tsv")

@@ -25,3 +25,4 @@ def test_every_tensor_that_does_not_fit_is_named():
         check_fit("a", mismatched=[HEAD, *BODY], missing=["norm.bias"], is_head=is_head, replace_head=False)
     assert all(name in str(caught.value) for name in ("head.weight", "layers.0.weight", "layers.1.weight", "norm.bias"))
     assert "replace_head" not in str(caught.value)  # it would not help
+    assert str(caught.value).endswith("; take the configuration that it was trained with")

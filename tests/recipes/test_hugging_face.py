@@ -6,10 +6,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import safetensors.torch as safetensors
 import torch
 
 import tameformer as tame
-from tameformer.errors import CheckpointError, ConfigError
+from tameformer.errors import CheckpointError, ConfigError, DataError
 from tameformer.recipes.catalogue import resolve
 from tameformer.recipes.config import ProbesConfig
 from tameformer.training import checkpoint as checkpoints
@@ -126,3 +127,90 @@ def test_what_such_a_folder_cannot_hold_is_refused(texts, bert, tmp_path):
         tame.export(run, tmp_path / "out")
     with pytest.raises(ConfigError, match="has a model of Hugging Face, not one of ours"):
         tame.train("vit-digits", overrides={"init_from": str(run), "output_dir": str(tmp_path / "vit")})
+
+
+def changed(bert: Path, folder: Path, change) -> Path:
+    """A copy with other weights."""
+    shutil.copytree(bert, folder)
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    change(tensors)
+    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def with_a_pickle(folder: Path) -> None:
+    torch.save(safetensors.load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def without_tokenizer(folder: Path) -> None:
+    for file in [*folder.glob("*token*"), *folder.glob("vocab*")]:
+        file.unlink()
+
+
+def with_more_words(folder: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["unheard"])
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, r"copy holds damaged weights: .*; copy or download it again"),
+        (
+            with_a_pickle,
+            r"copy cannot be loaded for text-classification: .*; no pickle is read: write it again with save_pre",
+        ),
+        (without_tokenizer, r"copy holds no tokenizer; write it there with tokenizer\.save_pretrained"),
+        (
+            with_more_words,
+            r"texts\.jsonl, line 3: the tokenizer of .*copy knows 'unheard' as number 12, but .* for 12 tokens",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_sound_model_is_refused(damage, message, bert, tmp_path):
+    shutil.copytree(bert, tmp_path / "copy")
+    damage(tmp_path / "copy")
+    rows = [{"sentence": "the day" if n != 2 else "the unheard day", "label": n % 2} for n in range(20)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=message):
+        fine_tuned(tmp_path / "texts.jsonl", tmp_path / "copy", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_not_finite_are_named(texts, bert, tmp_path):
+    def break_one(tensors):
+        tensors["bert.encoder.layer.1.output.dense.bias"][3] = torch.nan
+
+    folder = changed(bert, tmp_path / "copy", break_one)
+    with pytest.raises(
+        ConfigError, match=r"copy holds weights that are not finite: bert\.encoder\.layer\.1\.output\.dense\.bias;"
+    ):
+        fine_tuned(texts, folder, tmp_path / "run")
+
+
+def test_a_text_longer_than_the_positions_is_named(bert, tmp_path):
+    """RoBERTa counts its positions from behind that of padding."""
+    rows = [{"sentence": "the day " * (1 if n != 2 else 30), "label": n % 2} for n in range(20)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = {
+        "vocab_size": 12,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    config = transformers.RobertaConfig(**small, max_position_embeddings=26, pad_token_id=0)
+    for kind, given in (("Bert", transformers.BertConfig(**small, max_position_embeddings=25)), ("Roberta", config)):
+        shutil.copytree(bert, tmp_path / kind)
+        getattr(transformers, f"{kind}ForSequenceClassification")(given).save_pretrained(tmp_path / kind)
+        told = rf"texts\.jsonl, line 3: the text has 62 tokens, but .*{kind} has positions for 25; .*--model\.max_length 25"
+        with pytest.raises(DataError, match=told):
+            fine_tuned(tmp_path / "texts.jsonl", tmp_path / kind, tmp_path / "run")
+        fine_tuned(tmp_path / "texts.jsonl", tmp_path / kind, tmp_path / f"run-{kind}", **{"model.max_length": 25})

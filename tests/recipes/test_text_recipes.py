@@ -285,6 +285,30 @@ def test_a_label_that_training_does_not_know_is_named_by_its_line(data, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+def test_pairs_are_not_judged_by_single_texts(data, tmp_path):
+    for learn, judge in (("train", "validation-pairs"), ("train-pairs", "validation")):
+        files = {"data.path": str(data / f"{learn}.jsonl"), "data.validation_path": str(data / f"{judge}.jsonl")}
+        with pytest.raises(
+            DataError, match=rf"{learn}\.jsonl, line 1: .*, but .*{judge}\.jsonl, line 1: .*; give files of one"
+        ):
+            train("text-classification", overrides=classifier(data, tmp_path / "run", **files))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_class_that_the_chosen_texts_do_not_have_is_one_all_the_same(data, tmp_path):
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    rows[-1]["label"] = 2
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "validation.jsonl").write_text(json.dumps(rows[-1]) + "\n")
+    files = {"data.path": str(tmp_path / "train.jsonl"), "data.validation_path": str(tmp_path / "validation.jsonl")}
+    values = classifier(
+        data, tmp_path / "run", **files, **{"data.train_samples": 5, "data.batch_size": 5, "max_steps": 1}
+    )
+    result = train("text-classification", overrides=values)
+    assert result.finished
+    assert weights(tmp_path / "run")["head.weight"].shape[0] == 3
+
+
 def test_noise_is_on_the_training_tokens_only_and_resumes_to_the_bit(data, tmp_path):
     noise = {"data.token_dropout": 0.3, "data.token_deletion": 0.2, "data.token_swap": 2}
     values = classifier(data, tmp_path / "straight", max_steps=12, **noise)

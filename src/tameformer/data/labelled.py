@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,34 @@ class LabelledText:
     """The second text of a pair."""
     label: int
     """Number of its class, from 0."""
+    where: str = field(default="", compare=False)
+    """File and line, or row, for messages."""
+
+
+def classes_of(rows: Sequence[LabelledText]) -> int:
+    """How many classes there are, where nobody says so: one more than the largest label.
+
+    Raises:
+        DataError: A class below the largest has no text, as when counting began with 1 or a label has a digit too many; or all
+            texts have class 0. A row is named.
+
+    Example:
+        >>> classes_of([LabelledText("a", None, 0), LabelledText("b", None, 1)])
+        2
+    """
+    largest, known = max(rows, key=lambda row: row.label), {row.label for row in rows}
+    absent = next((label for label in range(largest.label) if label not in known), None)
+    if absent is not None:
+        raise DataError(
+            f"{largest.where}: the label {largest.label} is a class, but no row has class {absent}; correct the row, number "
+            "the classes from 0 without gaps, or say with data.num_classes how many there are"
+        )
+    if largest.label == 0:
+        raise DataError(
+            f"{largest.where}, and all other rows, have class 0, so that there is nothing to tell apart; look at the column, "
+            "or say with data.num_classes how many classes there are"
+        )
+    return largest.label + 1
 
 
 def read_labelled(
@@ -95,12 +123,16 @@ def _json_row(path: Path, where: str, line: str) -> Mapping[str, Any]:
 
 
 def _row(
-    where: str, row: Mapping[str, Any], names: Sequence[str], label_column: str, num_classes: int | None
+    where: str, row: Mapping[Any, Any], names: Sequence[str], label_column: str, num_classes: int | None
 ) -> LabelledText:
     texts = []
+    if None in row:
+        raise DataError(
+            f"{where}: more cells than columns, the last is {row[None][-1]!r}; quote texts that hold a comma"
+        )
     for name in names:
         if not isinstance(row.get(name), str) or not row[name].strip():
-            raise DataError(f"{where}: {name} must be text, got {row.get(name)!r}")
+            raise DataError(f"{where}: {name} must be text, got {row.get(name)!r}; fill it in, or leave the row out")
         texts.append(row[name])
     given = row.get(label_column)
     if given is None or given == "":
@@ -111,13 +143,17 @@ def _row(
     except ValueError:
         label = given
     if isinstance(label, bool) or not isinstance(label, int):
-        raise DataError(f"{where}: {label_column} must be the number of a class, got {given!r}")
+        raise DataError(
+            f"{where}: {label_column} must be the number of a class, got {given!r}; number them 0, 1, ... without a point, or "
+            "name the column that does with data.label_column"
+        )
     if label < 0 or (num_classes is not None and label >= num_classes):
         most = "" if num_classes is None else f" below {num_classes}"
-        raise DataError(
-            f"{where}: {label_column} must be a class from 0{most}, got {label}; -1 often stands for unknown"
+        remedy = (
+            "-1 often stands for unknown: leave such rows out" if label < 0 else "correct it, or raise data.num_classes"
         )
-    return LabelledText(texts[0], texts[1] if len(texts) > 1 else None, label)
+        raise DataError(f"{where}: {label_column} must be a class from 0{most}, got {label}; {remedy}")
+    return LabelledText(texts[0], texts[1] if len(texts) > 1 else None, label, where)
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,9 @@ def check_fit(
     Example:
         >>> shapes = [("head.weight", (2, 8), (3, 8)), ("layers.0.weight", (8, 8), (9, 8))]
         >>> check_fit("runs/a", mismatched=shapes[:1], is_head=lambda name: name.startswith("head."), replace_head=True)
-        >>> check_fit("runs/a", mismatched=shapes, is_head=lambda name: name.startswith("head."), replace_head=True)
+        >>> check_fit("a", mismatched=shapes[1:], is_head=lambda name: False, replace_head=True)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        tameformer.errors.CheckpointError: runs/a does not fit the model: layers.0.weight has shape (8, 8) there and (9, 8) here
+        tameformer.errors.CheckpointError: a does not fit the model: layers.0.weight has shape (8, 8) there and (9, 8) here; ...
     """
     different = sorted((name, tuple(there), tuple(here)) for name, there, here in mismatched)
     heads = [name for name, *_ in different if is_head(name)]
@@ -50,7 +50,7 @@ def check_fit(
     ]
     if problems:
         only_heads = len(problems) == len(heads) and not replace_head
-        remedy = (
-            "; give the number of classes it was trained for, or replace_head=True for a new head" if only_heads else ""
-        )
-        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems)}{remedy}")
+        remedy = "give the number of classes it was trained for, or replace_head=True for a new head"
+        if not only_heads:
+            remedy = "take the configuration that it was trained with"
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems)}; {remedy}")

@@ -45,7 +45,7 @@ class Config(RecipeConfig):
 
 def build(config: Config, folder: Path) -> Run:
     """The run that the configuration describes; a tokenizer in the run folder is used again, and the attention goes there."""
-    rows, judging, to_test = read(config.data, config.order_seed)
+    rows, judging, to_test, num_classes = read(config.data, config.order_seed)
     if rows[0].pair is not None:
         raise ConfigError(f"{config.data.path} holds pairs of texts; expected documents in a column text or sentence")
     kept = folder / TOKENIZER
@@ -56,7 +56,7 @@ def build(config: Config, folder: Path) -> Run:
     train, held_out = tokenized(rows), tokenized(judging)
     told = {
         "vocab_size": tokenizer.vocab_size,
-        "num_classes": config.data.num_classes or 1 + max(row.label for row in rows),
+        "num_classes": num_classes,
         "padding_id": tokenizer.padding_id,
     }
     batch_size = config.data.batch_size

@@ -3,11 +3,13 @@
 import json
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from tameformer.data.sources.hub import hub_answers
@@ -31,6 +33,8 @@ _OURS: dict[str, tuple[str, type]] = {
     "text-classification": ("text_classifier", TextClassifierConfig),
     "image-classification": ("vision_classifier", VisionConfig),
 }
+_POSITIONS = ("position_embeddings", "wpe")
+"""What tables of positions are called, in the families that have one."""
 _OUR_HEADS = ("head.", "pooling.")
 _PATIENCE = 1.0  # seconds to wait for the hub before giving up; its own client retries for half a minute
 
@@ -157,8 +161,13 @@ def _hugging_face(name: str, task: Task, num_labels: int | None, replace_head: b
                 output_loading_info=True,
                 **where,
             )
+        except SafetensorError as error:
+            raise DataError(f"{name} holds damaged weights: {error}; copy or download it again") from error
         except (OSError, ValueError) as error:
-            raise DataError(f"{name} cannot be loaded for {task}: {error}") from error
+            remedy = (
+                "" if "safetensors" not in str(error) else "; no pickle is read: write it again with save_pretrained"
+            )
+            raise DataError(f"{name} cannot be loaded for {task}: {error}{remedy}") from error
     below = f"{model.base_model_prefix}."
     check_fit(
         name,
@@ -167,6 +176,11 @@ def _hugging_face(name: str, task: Task, num_labels: int | None, replace_head: b
         is_head=lambda one: not one.startswith(below) or ".pooler." in one,
         replace_head=replace_head,
     )
+    broken = [key for key, one in model.named_parameters() if not one.isfinite().all()]
+    if broken:
+        raise CheckpointError(
+            f"{name} holds weights that are not finite: {', '.join(broken)}; take an earlier checkpoint"
+        )
     return model.eval()
 
 
@@ -183,9 +197,50 @@ def load_tokenizer(name: str) -> Any:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=reachable(name))
     except (OSError, ValueError) as error:
         raise DataError(f"{name} holds no tokenizer: {error}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what the library makes up where there is none
+        raise DataError(f"{name} holds no tokenizer; write it there with tokenizer.save_pretrained")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def check_tokens(
+    name: str, model: nn.Module, tokenizer: Any, texts: Sequence[Sequence[int]], where: Sequence[str]
+) -> None:
+    """Refuse tokens that a Hugging Face model has no embedding for, and texts that are longer than it has positions.
+
+    Args:
+        name: What the model is called in messages.
+        model: Of the library.
+        tokenizer: That made the tokens.
+        texts: Token ids.
+        where: The row of each.
+
+    Raises:
+        DataError: Such a token or text; its row is named.
+    """
+    known: Any = model
+    size = known.get_input_embeddings().weight.shape[0]
+    largest = max(range(len(texts)), key=lambda place: max(texts[place]))
+    if max(texts[largest]) >= size:
+        token = tokenizer.convert_ids_to_tokens(max(texts[largest]))
+        raise DataError(
+            f"{where[largest]}: the tokenizer of {name} knows {token!r} as number {max(texts[largest])}, but the model has "
+            f"embeddings for {size} tokens; give the tokenizer that the model was trained with"
+        )
+    longest = max(range(len(texts)), key=lambda place: len(texts[place]))
+    tables = [
+        one for key, one in model.named_modules() if key.split(".")[-1] in _POSITIONS and isinstance(one, nn.Embedding)
+    ]
+    # Some count their positions from behind that of padding.
+    most = min(
+        (one.num_embeddings - (0 if one.padding_idx is None else one.padding_idx + 1) for one in tables), default=None
+    )
+    if most is not None and len(texts[longest]) > most:
+        raise DataError(
+            f"{where[longest]}: the text has {len(texts[longest])} tokens, but {name} has positions for {most}; cut texts with "
+            f"--model.max_length {most}"
+        )
 
 
 def reachable(name: str) -> bool:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from tameformer.data import permutation, single_pass
 from tameformer.data.augment import TokenDeletion, TokenDropout, TokenSwap, TokenTransform
 from tameformer.data.buckets import LengthSortedBatches
-from tameformer.data.labelled import LabelledText, TokenizedTexts, joined, read_labelled
+from tameformer.data.labelled import LabelledText, TokenizedTexts, classes_of, joined, read_labelled
 from tameformer.data.length_buckets import LengthBuckets
 from tameformer.data.tokenizers import SPECIAL_TOKENS, BPETokenizer, train_bpe
-from tameformer.errors import CheckpointError, ConfigError
+from tameformer.errors import CheckpointError, ConfigError, DataError
 from tameformer.models import (
     Architecture,
     ConvolutionalTextConfig,
@@ -35,7 +35,7 @@ from tameformer.recipes.curriculum import CurriculumConfig, with_curriculum
 from tameformer.recipes.finetune import FinetuneConfig, finish, prepare
 from tameformer.recipes.hugging_face import describe, empty_model, is_kept
 from tameformer.recipes.init_from import begun
-from tameformer.recipes.pretrained import is_ours, load_pretrained, load_tokenizer
+from tameformer.recipes.pretrained import check_tokens, is_ours, load_pretrained, load_tokenizer
 from tameformer.training import CheckpointFolder, Engine, Run
 from tameformer.training.step import Batch
 
@@ -134,8 +134,7 @@ class Config(RecipeConfig):
 
 def build(config: Config, folder: Path) -> Run:
     """The run that the configuration describes; a tokenizer of ours in the run folder is used again."""
-    rows, judging, to_test = read(config.data, config.order_seed)
-    num_classes = config.data.num_classes or 1 + max(row.label for row in rows)
+    rows, judging, to_test, num_classes = read(config.data, config.order_seed)
     starts = not CheckpointFolder(folder).steps()
     parts = _hugging_face if config.init_from is not None and not is_ours(config.init_from) else _ours
     model, tokenized, call, artifacts, marks = parts(config, folder, rows, num_classes, starts)
@@ -174,16 +173,18 @@ def build(config: Config, folder: Path) -> Run:
 
 def read(
     data: LabelledTextsConfig, seed: int
-) -> tuple[list[LabelledText], list[LabelledText], list[LabelledText] | None]:
-    """Texts to learn, to be judged by, and to be tested on.
+) -> tuple[list[LabelledText], list[LabelledText], list[LabelledText] | None, int]:
+    """Texts to learn, to be judged by, and to be tested on; and how many classes they are of.
 
     Raises:
         ConfigError: No path, or too few texts.
+        DataError: A row that is none, pairs in one file and single texts in another, or classes that nobody can count.
     """
     path = require_path(data.path, "labelled texts (.jsonl, .csv or .tsv)")
     told: dict[str, Any] = {"label_column": data.label_column, "num_classes": data.num_classes}
     rows = read_labelled(path, **told)
-    told["num_classes"] = data.num_classes or 1 + max(row.label for row in rows)
+    told["num_classes"] = num_classes = data.num_classes or classes_of(rows)
+    to_test = None if data.test_path is None else read_labelled(data.test_path, **told)
     if data.validation_path is not None:
         judging = read_labelled(data.validation_path, **told)
     else:
@@ -191,6 +192,10 @@ def read(
         if count >= len(rows):
             raise ConfigError(f"{path} holds {len(rows)} text, too few to evaluate some; give --data.validation_path")
         rows, judging = rows[:-count], rows[-count:]
+    for other in (judging, to_test or []):
+        if other and (other[0].pair is None) != (rows[0].pair is None):
+            kinds = ("single texts", "pairs") if rows[0].pair is None else ("pairs", "single texts")
+            raise DataError(f"{rows[0].where}: {kinds[0]}, but {other[0].where}: {kinds[1]}; give files of one kind")
     if data.train_samples is not None:
         if data.train_samples > len(rows):
             raise ConfigError(
@@ -198,7 +203,7 @@ def read(
             )
         chosen = permutation(len(rows), seed=seed, epoch=0, salt="train samples")[: data.train_samples]
         rows = [rows[index] for index in sorted(chosen.tolist())]
-    return rows, judging, None if data.test_path is None else read_labelled(data.test_path, **told)
+    return rows, judging, to_test, num_classes
 
 
 @dataclass(frozen=True)
@@ -293,7 +298,10 @@ def _hugging_face(config: Config, folder: Path, rows: Sequence[LabelledText], nu
     try:
         model = seeded(config.seed, partial(empty_model, folder) if goes_on else load)
     except CheckpointError as error:
-        raise ConfigError(f"init_from {error}".replace("replace_head=True", "--replace_head true")) from error
+        told = str(error).replace("replace_head=True", "--replace_head true")
+        raise ConfigError(
+            f"init_from {told.replace('give the number', 'give --data.num_classes, the number')}"
+        ) from error
     known: Any = model
     if known.config.pad_token_id is None:
         known.config.pad_token_id = library.pad_token_id
@@ -302,6 +310,7 @@ def _hugging_face(config: Config, folder: Path, rows: Sequence[LabelledText], nu
     def tokenized(rows: Sequence[LabelledText]) -> TokenizedTexts:
         pairs = None if rows[0].pair is None else [row.pair for row in rows]
         found = library([row.text for row in rows], pairs, truncation=True, max_length=config.model.max_length)
+        check_tokens(name, known, library, found["input_ids"], [row.where for row in rows])
         segments = found.get("token_type_ids")
         return TokenizedTexts(
             [np.array(ids, dtype=np.int64) for ids in found["input_ids"]],
