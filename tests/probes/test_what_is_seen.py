@@ -7,16 +7,21 @@ from torch import nn
 import tameformer as tame
 from tameformer.models import (
     EncoderConfig,
+    GraphConfig,
     HierarchicalConfig,
+    RecurrentTranslationConfig,
     SetConfig,
     encoder,
+    graph_classifier,
     hierarchical_classifier,
+    recurrent_translation,
     set_classifier,
 )
 from tameformer.nn.attention import AdditiveScore
 from tameformer.nn.pooling import AttentionPooling
 from tameformer.patch import Observation
 from tameformer.probes import AttentionEntropy, Watch, default_probes
+from zoo import run_steps
 
 TOKENS = torch.randint(1, 30, (3, 11), generator=torch.Generator().manual_seed(0))
 SCORES = ("dot", "general", "additive", "concat", "gaussian")
@@ -65,6 +70,33 @@ def test_attention_is_measured_or_named(kind):
             key.removesuffix(".attend") for key in values
         }  # a score may have weights
         assert named == []
+
+
+def graph():
+    edges = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 1], [1, 2, 3, 4, 5, 6, 0, 3, 5]])
+    model = graph_classifier(GraphConfig(head_dim=3, num_heads=4), num_features=5, num_classes=3)
+    return model, {"features": torch.randn(7, 5, generator=torch.Generator().manual_seed(0)), "edges": edges}
+
+
+def translation():
+    model = recurrent_translation(RecurrentTranslationConfig(dim=16), vocab_size=30, padding_id=0)
+    return model, {"source": TOKENS, "target_in": TOKENS[:, :6]}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("build", [graph, translation])
+def test_a_watched_run_is_the_same_run(build, autocast):
+    def run(watched):
+        torch.manual_seed(0)
+        model, inputs = build()
+        return run_steps(model, inputs, watched=watched, autocast=autocast)  # which checks that nothing is left
+
+    watched = run(watched=True)
+    assert watched.same_run(run(watched=False))
+    assert watched.unseen == []
+    for values in watched.readings.values():
+        assert any(key.startswith("diag/attention_entropy/") for key in values)
+        assert [key for key, value in values.items() if not value.isfinite().all()] == []
 
 
 @pytest.mark.parametrize("leading", [(), (3,), (2, 2), (2, 2, 2)])

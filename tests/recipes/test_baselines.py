@@ -2,12 +2,19 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import tameformer as tame
 from tameformer.cli.__main__ import main
+from tameformer.data import SampleKeys
+from tameformer.data.packing import PackedDocuments
+from tameformer.models import UniversalDecoderConfig, ponder_cost, universal_decoder
+from tameformer.recipes import lm
 from tameformer.recipes.launch import train
+from tameformer.recipes.ponder import with_ponder_cost
 from tameformer.record import RunReader
 
 SMALL = {"loop.logging_steps": 10, "precision": "fp32"}
@@ -66,3 +73,17 @@ def test_a_run_folder_keeps_its_architecture(tmp_path):
     log = [[line.get("train/loss") for line in RunReader(tmp_path / name).log()] for name in ("run", "again")]
     assert log[0] == log[1]
     assert again.finished
+
+
+def test_what_fills_a_window_of_documents_up_costs_no_steps():
+    torch.manual_seed(0)
+    config = UniversalDecoderConfig(dim=16, halting="adaptive", ponder_weight=0.5, max_length=8)
+    model = universal_decoder(config, vocab_size=12)
+    nn.init.normal_(model.stack.halting.weight)  # positions that halt at different steps
+    packed = PackedDocuments([np.array([7, 8, 9]), np.array([5])], 8, begin_id=1, end_id=2)
+    batch = packed.fetch(SampleKeys(0, 0, np.arange(1)))
+    cost = with_ponder_cost(lm.packed_loss, config, lm.real_positions)(model, batch) - lm.packed_loss(model, batch)
+    halted = model.stack.halted
+    spent = (halted.steps + halted.rest)[0, :6]  # of 8 positions
+    assert cost.item() == pytest.approx(0.5 * 6 * spent.mean().item(), rel=1e-4)
+    assert abs(ponder_cost(model).item() - spent.mean().item()) > 1e-3
