@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tameformer.optim import AdaptiveClip, StableAdamW
     from tameformer.patch import PatchHandle
     from tameformer.patch.heads import gate_heads, head_importance, prune_heads
+    from tameformer.recipes.back_translation import back_translate, paraphrase, translator
     from tameformer.recipes.export import Exported, export
     from tameformer.recipes.exported import load
     from tameformer.recipes.launch import Result, train
@@ -60,6 +61,9 @@ _HOMES = {
     "StableAdamW": "tameformer.optim",
     "attend": "tameformer.nn.attention.attend",
     "attention_entropy": "tameformer.nn.attention.entropy",
+    "back_translate": "tameformer.recipes.back_translation",
+    "paraphrase": "tameformer.recipes.back_translation",
+    "translator": "tameformer.recipes.back_translation",
     "compare": "tameformer.studies",
     "race": "tameformer.studies",
     "diagnose": "tameformer.health",
@@ -101,6 +105,7 @@ __all__ = [
     "admin",
     "attend",
     "attention_entropy",
+    "back_translate",
     "compare",
     "deepnorm",
     "depth_scaled_init",
@@ -114,6 +119,7 @@ __all__ = [
     "load",
     "load_pretrained",
     "mixout",
+    "paraphrase",
     "peri_norm",
     "prior_decay",
     "prune_heads",
@@ -128,6 +134,7 @@ __all__ = [
     "stabilize",
     "t_fixup",
     "train",
+    "translator",
     "with_z_loss",
     "z_loss",
 ]

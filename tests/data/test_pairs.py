@@ -50,6 +50,19 @@ def test_a_table_is_read_line_by_line(tmp_path):
         read_pairs_tsv(write(tmp_path / "c.tsv", "one\teins\n\n"))
 
 
+def test_two_columns_of_a_table_are_chosen_in_either_direction(tmp_path):
+    """As Tatoeba's exports have them: a third column says who wrote it."""
+    table = write(tmp_path / "a.tsv", "one\teins\tby whom\ntwo\tzwei\tby whom\n")
+    assert read_pairs_tsv(table, columns=(2, 1)) == [("eins", "one"), ("zwei", "two")]
+    with pytest.raises(DataError, match=r"a\.tsv, line 1: expected columns 1 and 4, got 3"):
+        read_pairs_tsv(table, columns=(1, 4))
+    with pytest.raises(DataError, match=r"b\.tsv \(column 2\), line 1 is empty"):
+        read_pairs_tsv(write(tmp_path / "b.tsv", "one\t\n"), columns=(2, 1))
+    for wrong in ((1, 1), (0, 1)):
+        with pytest.raises(ValueError, match="columns must be two different numbers from 1"):
+            read_pairs_tsv(table, columns=wrong)
+
+
 def test_empty_sides_are_named_or_dropped(tmp_path, caplog):
     source, target = write(tmp_path / "a.en", "one\ntwo\n\n"), write(tmp_path / "a.de", "eins\n \ndrei\n")
     with pytest.raises(DataError, match=r"a\.de, line 2 is empty \(2 of 3 pairs"):

@@ -17,6 +17,7 @@ commands:
   race RECIPE --budget 20            many seeds started, judged early, the best trained to the end
   report RUN [RUN ...]               one self-contained HTML page from run folders
   export RUN OUT                     an ordinary model from a run, all methods folded in: config.json, model.safetensors
+  paraphrase DATA OUT                labelled texts and each in other words, by two translation runs
   methods                            what makes a model stable, one line each
   recipes                            the recipes there are, one line each
 
@@ -31,7 +32,7 @@ examples:
 """
 COMMANDS = {
     name: f"tameformer.cli.{name}"
-    for name in ("train", "diagnose", "compare", "race", "report", "export", "methods", "recipes")
+    for name in ("train", "diagnose", "compare", "race", "report", "export", "paraphrase", "methods", "recipes")
 }
 
 

@@ -41,26 +41,38 @@ def read_pairs(source_path: str | Path, target_path: str | Path, *, empty: Actio
     return _with_text(list(zip(source, target, strict=True)), (str(source_path), str(target_path)), empty)
 
 
-def read_pairs_tsv(path: str | Path, *, empty: Action = "refuse") -> list[tuple[str, str]]:
-    """(source, target) sentences of one file with two columns, a tab between.
+def read_pairs_tsv(
+    path: str | Path, *, columns: tuple[int, int] | None = None, empty: Action = "refuse"
+) -> list[tuple[str, str]]:
+    """(source, target) sentences of one file, in two of its columns.
 
     Args:
-        path: The file, plain or `.gz`.
+        path: The file, plain or `.gz`; a tab between columns.
+        columns: Those of the sources and of their translations, from 1; None expects two, in this order.
         empty: As for `read_pairs`.
 
     Raises:
-        DataError: A line has not two columns, a side is empty and `empty` is "refuse", or the file cannot be read.
+        DataError: A line has other columns, a side is empty and `empty` is "refuse", or the file cannot be read.
+        ValueError: The two columns are one, or below 1.
     """
+    source, target = columns or (1, 2)
+    if source == target or min(source, target) < 1:
+        raise ValueError(f"columns must be two different numbers from 1, got {source} and {target}")
     pairs = []
     for number, line in enumerate(read_lines(path), start=1):
-        columns = line.split("\t")
-        if len(columns) != 2:
+        cells = line.split("\t")
+        if columns is None and len(cells) != 2:
             raise DataError(
-                f"{path}, line {number}: expected 2 columns with a tab between, got {len(columns)}: {line[:60]!r}; "
-                "keep the two sentences only, for example: cut -f 1,2"
+                f"{path}, line {number}: expected 2 columns with a tab between, got {len(cells)}: {line[:60]!r}; "
+                "say which two are meant (--data.columns '[1,2]'), or keep the two sentences only: cut -f 1,2"
             )
-        pairs.append((columns[0], columns[1]))
-    return _with_text(pairs, (f"{path} (column 1)", f"{path} (column 2)"), empty)
+        if len(cells) < max(source, target):
+            raise DataError(
+                f"{path}, line {number}: expected columns {source} and {target}, got {len(cells)} with tabs between: "
+                f"{line[:60]!r}"
+            )
+        pairs.append((cells[source - 1], cells[target - 1]))
+    return _with_text(pairs, (f"{path} (column {source})", f"{path} (column {target})"), empty)
 
 
 class PairSource:

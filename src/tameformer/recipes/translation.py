@@ -5,7 +5,7 @@ or without (Bahdanau et al. 2014, arXiv:1409.0473).
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from tameformer.data.buckets import LengthSortedBatches, TokenBuckets
 from tameformer.data.curriculum import within_tokens
 from tameformer.data.pairs import PairSource, read_pairs, read_pairs_tsv, tokenized_pairs
 from tameformer.data.tokenizers import BPETokenizer, train_bpe
+from tameformer.errors import ConfigError
 from tameformer.health import prior_loss
 from tameformer.models import Architecture, EncoderDecoder, EncoderDecoderConfig
 from tameformer.models.generate import Steps, beam_search, translation_steps, until_end
@@ -33,13 +34,15 @@ from tameformer.training.run import Evaluation
 from tameformer.training.step import Batch
 
 Pairs = Sequence[tuple[str, str]]
-TOKENIZER = "tokenizer.json"
+Search = Callable[[Steps, int, int], Tensor]
+"""From a model's steps, the most new tokens, and the end token to the tokens of each row."""
+TOKENIZER, PREPROCESSING = "tokenizer.json", "preprocessing.json"
 SIGNATURES = "bleu.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig:
-    """Sentences and their translations: a .tsv file with two columns, or PREFIX.SOURCE and PREFIX.TARGET line by line."""
+    """Sentences and their translations: columns of a .tsv file, or PREFIX.SOURCE and PREFIX.TARGET line by line."""
 
     path: str | None = None
     """Training pairs: a .tsv file, or the prefix of two files (`data/train` for data/train.en and data/train.de)."""
@@ -50,7 +53,9 @@ class PairsConfig:
     source_language: str = "en"
     """Ending of the file of sentences to translate."""
     target_language: str = "de"
-    """Ending of the file of their translations."""
+    """Ending of the file of their translations; with a .tsv, too, `test/bleu_tokenized` cuts words by its rules."""
+    columns: tuple[int, int] | None = None
+    """Columns of a .tsv that hold the sentences and their translations, from 1; null expects two, in this order."""
     lowercase: bool = False
     """Whether all text is put in lower case first, as some published figures are."""
     vocab_size: int = 8192
@@ -65,6 +70,10 @@ class PairsConfig:
     """Short pairs first."""
     num_workers: int = 0
     """Processes that prepare batches ahead."""
+
+    def __post_init__(self) -> None:
+        if self.columns is not None and (len(set(self.columns)) < 2 or min(self.columns) < 1):
+            raise ValueError(f"data.columns must be two different numbers from 1, got {list(self.columns)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +158,7 @@ def build(config: Config, folder: Path) -> Run:
         num_workers=data.num_workers,
         artifacts={
             TOKENIZER: tokenizer.to_json(),
+            PREPROCESSING: json.dumps({"lowercase": data.lowercase}, indent=1) + "\n",
             SIGNATURES: json.dumps(bleu_signatures(data.target_language), indent=1) + "\n",
         },
         mask=lambda batch: {"encoder": batch["source_mask"], "decoder": batch["targets"] >= 0},
@@ -156,9 +166,15 @@ def build(config: Config, folder: Path) -> Run:
 
 
 def read(data: PairsConfig, path: str) -> Pairs:
-    """The pairs of a .tsv file, or of the two files that begin with the path."""
+    """The pairs of a .tsv file, or of the two files that begin with the path.
+
+    Raises:
+        ConfigError: Columns of two files.
+    """
     if path.endswith((".tsv", ".tsv.gz")):
-        pairs = read_pairs_tsv(path)
+        pairs = read_pairs_tsv(path, columns=data.columns)
+    elif data.columns is not None:
+        raise ConfigError(f"data.columns is about .tsv files, and {path} is none; leave it out, or name the languages")
     else:
         pairs = read_pairs(_beside(path, data.source_language), _beside(path, data.target_language))
     return [(source.lower(), target.lower()) for source, target in pairs] if data.lowercase else pairs
@@ -230,8 +246,10 @@ def translate(
     tokenizer: BPETokenizer,
     decoding: DecodingConfig,
     max_tokens: int,
+    search: Search | None = None,
 ) -> list[str]:
-    """The best translation found for each sentence, in order; the work is shared by all processes."""
+    """A translation of each sentence, in order, by a beam search or another one; the work is shared by all processes."""
+    search = search or partial(beams, decoding=decoding)
     source = tokenized_pairs([(sentence, "") for sentence in sentences], tokenizer)
     plan = LengthSortedBatches(source.lengths[:, :1], max(1, max_tokens // decoding.num_beams))
     found: list[tuple[int, str]] = []
@@ -239,16 +257,22 @@ def translate(
         steps, max_length = decoding_steps(model, batch, tokenizer.begin_id)
         longest = batch["source"].shape[1]
         limit = min(max_length - 1, round(1.5 * longest) + decoding.extra_length)
-        tokens, _ = beam_search(
-            steps,
-            num_beams=decoding.num_beams,
-            max_new_tokens=limit,
-            end_id=tokenizer.end_id,
-            length_penalty=decoding.length_penalty,
-        )
+        tokens = search(steps, limit, tokenizer.end_id)
         texts = [tokenizer.decode(until_end(row, tokenizer.end_id)) for row in tokens.tolist()]
         found += zip(keys.indices.tolist(), texts, strict=True)
     return [text for _, text in sorted(engine.gather(found))]
+
+
+def beams(steps: Steps, max_new_tokens: int, end_id: int, *, decoding: DecodingConfig) -> Tensor:
+    """The best sequences that a beam search finds."""
+    tokens, _ = beam_search(
+        steps,
+        num_beams=decoding.num_beams,
+        max_new_tokens=max_new_tokens,
+        end_id=end_id,
+        length_penalty=decoding.length_penalty,
+    )
+    return tokens
 
 
 def decoding_steps(model: nn.Module, batch: Batch, start_id: int) -> tuple[Steps, int]:
