@@ -99,9 +99,8 @@ def test_last_and_best_of_a_metric(key, values, words):
 
 
 def test_directions_and_bests_ignore_non_finite_values():
-    assert [direction(f"eval/{name}") for name in ("perplexity_per_byte", "wer", "accuracy", "answer")] == [
-        "lower", "lower", "higher", None,
-    ]  # fmt: skip
+    assert [direction(f"eval/{name}") for name in ("perplexity_per_byte", "wer", "accuracy", "f1", "matthews", "answer")] == [
+        "lower", "lower", "higher", "higher", "higher", None]  # fmt: skip
     assert best("eval/loss", series(-INF, 3.0, NAN, 2.0)) == (30, 2.0)
     assert best("eval/accuracy", series(INF, 0.5)) == (10, 0.5)
     assert best("eval/loss", series(NAN)) is None

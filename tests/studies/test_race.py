@@ -101,6 +101,9 @@ def test_a_race_killed_and_resumed_ends_as_its_best_run_does_alone(capfd):
     assert found["expected_best"]["as_far_as_run"][0] == pytest.approx(found["final"]["mean"]["mean"])
     page = Path("race/race.html").read_text()
     assert "Expected best evaluation accuracy of n runs" in page
+    assert "what stopping early would have saved" in page
+    assert "1 of 3 runs, 33 %" in page
+    assert all(words in page for words in ("would be stopped", "the best", "judged"))
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 _NAMES = {"train/lr": "Learning rate", "train/grad_norm": "Gradient norm", "train/clip_rate": "Share of steps clipped"}
 _LOWER_IS_BETTER = re.compile(r"loss|perplexity|error|(^|_)(wer|cer|ppl|mae|mse|rmse)($|_)")
-_HIGHER_IS_BETTER = re.compile(r"accuracy|bleu|chrf|precision|recall|(^|_)(f1|auc|map|acc|r2)($|_)")
+_HIGHER_IS_BETTER = re.compile(r"accuracy|bleu|matthews|chrf|precision|recall|(^|_)(f1|auc|map|acc|r2)($|_)")
 
 
 def number(value: float) -> str:

@@ -9,13 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from tameformer.record import LOG, RunReader, write_atomically
-from tameformer.report.curves import Line, line_chart
+from tameformer.report.curves import Line, Mark, line_chart
 from tameformer.report.drawing import BLUE, MUTED, NARROW, VERMILION, Chart, drawing
 from tameformer.report.page import render
 from tameformer.report.read import clean, gather_series
 from tameformer.report.sections import Section
 from tameformer.report.tables import Table
-from tameformer.report.wording import label, number, quantity
+from tameformer.report.wording import label, quantity
 from tameformer.studies.race_results import Entrant, RaceResults
 from tameformer.studies.statistics import Interval
 from tameformer.studies.tables import DASH, brief, with_interval
@@ -65,11 +65,17 @@ def _numbers(results: RaceResults) -> list[tuple[str, str, str]]:
             f"{len([one for one in results.entrants if one.goes_on])}",
             f"{len(results.finals)} reached their end",
         ),
-        ("Spent", f"{results.spent:.3g} runs", f"of {results.budget:g}; all to the end would be {plan.starts}"),
+        ("Spent", f"{results.spent:.3g} runs", _of_budget(results)),
     ]
     if failures is not None:
         out.append(("Failed", f"{failures.count} of {failures.n}", _percent_range(failures.low, failures.high)))
     return out
+
+
+def _of_budget(results: RaceResults) -> str:
+    if results.run_all:
+        return f"all to the end; the race alone is {results.plan.cost:g}"
+    return f"of {results.budget:g}; all to the end would be {results.plan.starts}"
 
 
 def _percent_range(low: float, high: float) -> str:
@@ -97,9 +103,20 @@ def summary_tables(results: RaceResults) -> list[Table]:
         )
     if rank is not None:
         over = "all" if results.run_all else "those that went on"
-        rows.append((f"rank correlation of early and final, over {over}", number(rank)))
+        rows.append((f"rank correlation of early and final, over {over}", f"{rank:.2f}"))
     if results.missed is not None:
-        rows.append(("what stopping early would have missed", quantity(metric, results.missed)))
+        among = f"the best {results.plan.continued} when judged"
+        nothing = f"nothing: the best of all is among {among}"
+        found = f"{quantity(metric, results.missed)}: the best of all is not among {among}"
+        rows.append(("what stopping early would have missed", found if results.missed > 0 else nothing))
+    if results.run_all:
+        cost, starts = results.plan.cost, results.plan.starts
+        rows.append(
+            (
+                "what stopping early would have saved",
+                f"{starts - cost:.3g} of {starts} runs, {100 * (1 - cost / starts):.0f} %",
+            )
+        )
     rows += [
         (f"{name} minus {first}, when judged", with_interval(metric, one)) for first, (name, one) in _named(results)
     ]
@@ -118,7 +135,7 @@ def summary_tables(results: RaceResults) -> list[Table]:
         if one.result.state in ("diverged", "failed", "interrupted")
     )
     columns = ("", *(["variant"] if results.finals and results.finals[0].variant else []), "seed", "data_seed",
-               "early", "final", "folder")  # fmt: skip
+               "when judged", "at the end", "folder")  # fmt: skip
     return [
         Table(label(metric), ("what", "value"), tuple((clean(what), clean(value)) for what, value in rows)),
         Table("What the spread comes from", ("factor", "share", "degrees of freedom", "p"), explained, note=note),
@@ -147,23 +164,26 @@ def _sections(results: RaceResults) -> list[Section]:
     metric = results.metric
     charts = [chart for chart in (_best_chart(results), _rank_chart(results)) if chart is not None]
     lines = []
-    for one in reversed(results.entrants):
-        if (results.folder / one.name / LOG).is_file():
-            series = gather_series(RunReader(results.folder / one.name).log())
-            if metric in series:
-                color = VERMILION if one is results.best else BLUE if one.goes_on else MUTED
-                lines.append(Line("", series[metric], color, "line" if one.goes_on else "faint"))
+    for name, color, members in _kinds(results, results.entrants):
+        for one in members:
+            if (results.folder / one.name / LOG).is_file():
+                series = gather_series(RunReader(results.folder / one.name).log())
+                if metric in series:
+                    known = any(line.label == name for line in lines)
+                    lines.append(
+                        Line("" if known else name, series[metric], color, "faint" if color == MUTED else "line")
+                    )
     last = max((one.length or 0 for one in results.entrants), default=0)
-    caption = "Each run: blue went on, grey was stopped, red is the best."
+    judged = Mark(round(results.plan.share * last), "judged", MUTED)
     curves = (
-        [line_chart(label(metric), lines, last_step=last, percent=_percent(metric), caption=caption)] if lines else []
+        [line_chart(label(metric), lines, last_step=last, percent=_percent(metric), marks=[judged])] if lines else []
     )
-    grid = results.grid
+    grid, plan = results.grid, results.plan
     made = [
         ("recipe", grid.recipe),
         *((factor.key, ", ".join(choice.label for choice in factor.choices)) for factor in grid.factors[:-1]),
         ("budget, runs", f"{results.budget:g}"),
-        ("plan: starts, share, continued", f"{results.plan.starts}, {results.plan.share:g}, {results.plan.continued}"),
+        ("plan", f"{plan.starts} starts to {plan.share:g} of the run, {plan.continued} to its end"),
         ("settings of all runs", " ".join(grid.arguments) or "those of the recipe"),
     ]
     table = Table("Settings", ("what", "value"), tuple((clean(key), clean(value)) for key, value in made))
@@ -172,6 +192,18 @@ def _sections(results: RaceResults) -> list[Section]:
         Section("Learning curves", tuple(curves)),
         Section("How it was made", tables=(table,)),
     ]
+
+
+def _kinds(results: RaceResults, some: Sequence[Entrant]) -> list[tuple[str, str, list[Entrant]]]:
+    """Runs by what became of them, or would have if all had not gone on: what to call them, and their colour."""
+    ahead = {one.name for one in (results.leaders if results.run_all else results.entrants) if one.goes_on}
+    others = [one for one in some if one is not results.best]
+    found = [
+        ("would be stopped" if results.run_all else "stopped", MUTED, [one for one in others if one.name not in ahead]),
+        ("would go on" if results.run_all else "went on", BLUE, [one for one in others if one.name in ahead]),
+        ("the best", VERMILION, [one for one in some if one is results.best]),
+    ]
+    return [kind for kind in found if kind[2]]
 
 
 def _percent(metric: str) -> bool:
@@ -184,7 +216,10 @@ def _best_chart(results: RaceResults) -> Chart | None:
     if len(early) < 2:
         return None
     title = f"Expected best {label(results.metric).lower()} of n runs"
-    legend = [("when judged", MUTED, "line"), ("as far as each was run", BLUE, "line")]
+    legend = [
+        ("when judged", MUTED, "line"),
+        ("at the end" if results.run_all else "as far as each was run", BLUE, "line"),
+    ]
 
     def draw(axes: Axes) -> None:
         for values, (_, color, _) in zip((early, run), legend, strict=True):
@@ -201,18 +236,20 @@ def _rank_chart(results: RaceResults) -> Chart | None:
     if len(known) < 2:
         return None
 
+    kinds = _kinds(results, known)
+
     def draw(axes: Axes) -> None:
-        axes.plot(
-            [one.early or 0.0 for one in known], [one.final or 0.0 for one in known], "o", color=BLUE, markersize=5
-        )
+        for _, color, members in kinds:
+            places = [one.early or 0.0 for one in members], [one.final or 0.0 for one in members]
+            axes.plot(*places, "o", color=color, markersize=5)
         axes.set_xlabel(f"{label(results.metric).lower()} when judged")
         if _percent(results.metric):
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
 
-    rank = "" if results.rank is None else f" Rank correlation {number(results.rank)}."
-    return _chart(
-        "Final against early", draw, f"A point a run that reached its end.{rank}", (), percent=_percent(results.metric)
-    )
+    rank = "" if results.rank is None else f" Rank correlation {results.rank:.2f}."
+    caption = f"A point a run that reached its end.{rank}"
+    legend = [(name, color, "point") for name, color, _ in kinds]
+    return _chart("Final against early", draw, caption, legend, percent=_percent(results.metric))
 
 
 def _chart(title: str, draw, caption: str, legend: Sequence[tuple[str, str, str]], *, percent: bool) -> Chart:

@@ -156,13 +156,17 @@ class RaceResults:
         return rank_correlation([early for early, _ in known], [final or 0.0 for _, final in known])
 
     @cached_property
+    def leaders(self) -> list[Entrant]:
+        """Those that the plan continues: the best when they were judged, earlier ones first where it is the same."""
+        known = [one for one in self.entrants if one.early is not None and math.isfinite(one.early)]
+        return sorted(known, key=lambda one: -self.better(one.early or 0.0))[: self.plan.continued]
+
+    @cached_property
     def missed(self) -> float | None:
         """By how much the best of all runs beats the best of those that the race continues; known when all went on."""
         if not self.run_all or any(one.final is None for one in self.entrants):
             return None
-        order = [one for one in self.entrants if one.early is not None and math.isfinite(one.early)]
-        order.sort(key=lambda one: -self.better(one.early or 0.0))
-        finals = [self.better(one.final or 0.0) for one in order[: self.plan.continued]]
+        finals = [self.better(one.final or 0.0) for one in self.leaders]
         finals = [value for value in finals if math.isfinite(value)]
         if self.best is None or not finals:
             return None
