@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tameformer.finetune import layer_decay_groups
 from tameformer.optim import OptimConfig, StableAdamW, optimizers
@@ -109,6 +110,30 @@ def test_steps_of_parameters_that_join_late_are_counted_apart():
         optimizer.step()
     torch.testing.assert_close(weights[1].detach(), torch.full((3,), -0.1))
     assert [optimizer.state[weight]["step"].item() for weight in weights] == [4, 1]
+
+
+class Reads(TorchDispatchMode):
+    """Which tensors the host asks for their value, which an accelerator would have to be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.read.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_but_the_counts_which_are_on_the_processor():
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = StableAdamW(weights, lr=0.1)
+    for weight in weights:
+        weight.grad = torch.ones(3)
+    with Reads() as reads:
+        optimizer.step()
+        float(torch.ones(1))  # would be seen
+    assert [id(one) for one in reads.read[:-1]] == [id(optimizer.state[weight]["step"]) for weight in weights]
 
 
 def test_rates_by_layer():
