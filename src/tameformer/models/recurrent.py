@@ -109,7 +109,8 @@ def restarting(layers: nn.LSTM | nn.GRU, x: Stream, begins: Real) -> Float[Tenso
     stretch = firsts.flatten().cumsum(0) - 1
     place = torch.arange(len(stretch), device=x.device) - starts[stretch]
     rank = stretch.bincount().argsort(descending=True, stable=True).argsort()
-    # Packed as torch packs sequences: the first tokens of all, longest stretch first, then the second ones.
+    # Packed as torch packs sequences: the first tokens of all, longest stretch first, then the second ones. It takes the
+    # sizes on the host, so that an accelerator waits here.
     order = (place * len(starts) + rank[stretch]).argsort()
     packed = PackedSequence(x.flatten(0, 1)[order], place.bincount().cpu())
     return layers(packed)[0].data[order.argsort()].view(*x.shape[:2], -1)
