@@ -15,7 +15,7 @@ from tameformer.data.formal import Parity
 from tameformer.data.strings import StringSource
 from tameformer.errors import ConfigError
 from tameformer.models import DecoderConfig, UniversalDecoderConfig, ponder_cost, universal_decoder
-from tameformer.recipes.formal import StringsConfig, by_length, judged, real_positions, string_loss
+from tameformer.recipes.formal import StringsConfig, accuracy_by_length, evaluate, judged, real_positions, string_loss
 from tameformer.recipes.launch import train
 from tameformer.recipes.ponder import with_ponder_cost
 from tameformer.record import RunReader
@@ -51,7 +51,7 @@ def test_a_string_is_right_when_all_of_its_positions_are():
     assert (rows[:, 3] == rows[:, 0] + 1).all()
     assert rows[rows[:, 0] <= 8, 2].max() < 1e-6
     assert rows[rows[:, 0] > 8, 2].min() > 10
-    figure = by_length([rows[rows[:, 0] <= 6], rows[rows[:, 0] > 6]], max_length=6)
+    figure = accuracy_by_length([rows[rows[:, 0] <= 6], rows[rows[:, 0] > 6]], max_length=6)
     assert figure["x"] == [6, 16]
     assert figure["lines"]["lengths of training"] == [1.0, None]
     longer = rows[rows[:, 0] > 6]
@@ -139,6 +139,29 @@ def test_steps_cost_what_they_are_told_to(tmp_path):
         trained(batch["tokens"])
         steps.append(ponder_cost(trained).item())
     assert steps[1] < steps[0] - 0.05  # but for the cost both runs are the same
+
+
+def test_steps_are_those_of_the_positions_that_count(tmp_path):
+    torch.manual_seed(0)
+    model = universal_decoder(UniversalDecoderConfig(dim=16, halting="adaptive"), vocab_size=3).eval()
+    nn.init.normal_(model.stack.halting.weight, std=0.5)  # positions that halt at different steps
+    sources = [StringSource(Parity(), num_samples=30, min_length=low, max_length=low + 4) for low in (1, 6)]
+    settings = {"sources": sources, "batch_size": 7, "folder": tmp_path, "max_length": 5}
+    with torch.no_grad():
+        metrics = evaluate(Engine(), model, **settings)
+        alone = []
+        for source in sources:
+            for index in range(30):
+                batch = source.fetch(SampleKeys(0, 0, np.array([index])))
+                model(batch["tokens"])
+                alone.append(model.stack.halted.steps.mean().item())
+    assert metrics["steps"] == pytest.approx(np.mean(alone[:30]), rel=1e-5)
+    assert metrics["steps_longer"] == pytest.approx(np.mean(alone[30:]), rel=1e-5)
+    assert len({round(steps, 3) for steps in alone}) > 3
+    figure = json.loads((tmp_path / "figures" / "steps-by-length.json").read_text())
+    assert figure["x"] == [5, 15]
+    assert figure["lines"]["longer"] == [None, pytest.approx(metrics["steps_longer"])]
+    assert "steps" not in evaluate(Engine(), Oracle(knows=8), **settings)
 
 
 def test_membership_asks_once_a_string(tmp_path):

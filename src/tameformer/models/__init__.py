@@ -49,6 +49,7 @@ from tameformer.models.universal import (
     UniversalConfig,
     UniversalDecoderConfig,
     ponder_cost,
+    steps_taken,
     universal_decoder,
     universal_encoder,
 )
@@ -128,6 +129,7 @@ __all__ = [
     "sample",
     "set_classifier",
     "speech_recognizer",
+    "steps_taken",
     "text_classifier",
     "token_set_classifier",
     "transcription_steps",

@@ -134,6 +134,19 @@ def ponder_cost(model: nn.Module, real: Real | None = None) -> Float[Tensor, ""]
     return torch.stack(costs).sum()
 
 
+def steps_taken(model: nn.Module) -> Float[Tensor, "batch seq"] | None:
+    """Steps that each position took in the last forward pass, padding included; None where nothing halts.
+
+    Example:
+        >>> model = universal_encoder(UniversalConfig(dim=16, halting="adaptive"), vocab_size=65)
+        >>> outputs = model(torch.zeros(1, 3, dtype=torch.long))
+        >>> steps_taken(model).shape
+        torch.Size([1, 3])
+    """
+    found = [module.halted for module in model.modules() if isinstance(module, UniversalStack)]
+    return next((halted.steps for halted in found if halted is not None), None)
+
+
 def universal_encoder(config: UniversalConfig, *, vocab_size: int, initialize: Initializer = xavier_init) -> Encoder:
     """An encoder with fresh weights, the same for the same `torch.manual_seed`.
 

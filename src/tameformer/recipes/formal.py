@@ -23,7 +23,7 @@ from tameformer.data import SequentialBatches, ShuffledBatches, single_pass
 from tameformer.data.formal import Dyck, EvenLength, Language, Parity
 from tameformer.data.strings import Question, StringSource
 from tameformer.errors import ConfigError
-from tameformer.models import Architecture, DecoderConfig, RecurrentDecoderConfig, UniversalDecoderConfig
+from tameformer.models import Architecture, DecoderConfig, RecurrentDecoderConfig, UniversalDecoderConfig, steps_taken
 from tameformer.recipes.assemble import assemble
 from tameformer.recipes.config import RecipeConfig
 from tameformer.recipes.ponder import with_ponder_cost
@@ -154,22 +154,26 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss a position and share of strings that are right throughout: of the lengths of training, and of longer ones.
 
-    The shares by length go to the run folder, for the report.
+    Of a model whose positions halt by themselves also the steps they take. The curves by length go to the run folder, for the
+    report.
     """
     found = [judged(engine, model, source, batch_size) for source in sources]
+    halts = steps_taken(model) is not None
     if engine.is_main:
-        write_figure(folder, "accuracy-by-length", by_length(found, max_length))
-    (known, loss), (longer, longer_loss) = ((rows, rows[:, 2].sum() / rows[:, 3].sum()) for rows in found)
-    return {
-        "loss": float(loss),
-        "accuracy": float(known[:, 1].mean()),
-        "loss_longer": float(longer_loss),
-        "accuracy_longer": float(longer[:, 1].mean()),
-    }
+        write_figure(folder, "accuracy-by-length", accuracy_by_length(found, max_length))
+        if halts:
+            write_figure(folder, "steps-by-length", steps_by_length(found, max_length))
+    metrics = {}
+    for rows, suffix in zip(found, ("", "_longer"), strict=True):
+        metrics[f"loss{suffix}"] = float(rows[:, 2].sum() / rows[:, 3].sum())
+        metrics[f"accuracy{suffix}"] = float(rows[:, 1].mean())
+        if halts:
+            metrics[f"steps{suffix}"] = float(rows[:, 4].mean())
+    return metrics
 
 
 def judged(engine: Engine, model: nn.Module, source: StringSource, batch_size: int) -> np.ndarray:
-    """A row a string: its length, whether all answers are right, its loss, and the positions asked at."""
+    """A row a string: its length, whether all answers are right, its loss, positions asked at, mean steps of a position."""
     rows: list[list[float]] = []
     batches = single_pass(
         source, SequentialBatches(len(source), batch_size), rank=engine.rank, world_size=engine.world_size
@@ -181,27 +185,38 @@ def judged(engine: Engine, model: nn.Module, source: StringSource, batch_size: i
         losses = F.binary_cross_entropy_with_logits(logits, targets.clamp(min=0).float(), reduction="none")
         right = (((logits > 0) == (targets > 0)) | ~asked).flatten(1).all(1)
         total = (losses * asked).flatten(1).sum(1)
-        columns = (placed["lengths"], right, total, asked.any(-1).sum(1))
+        steps, real = steps_taken(model), real_positions(placed)
+        taken = torch.zeros_like(total) if steps is None else (steps * real).sum(1) / real.sum(1)
+        columns = (placed["lengths"], right, total, asked.any(-1).sum(1), taken)
         rows += torch.stack([column.double() for column in columns], dim=1).tolist()
     return np.array(engine.gather(rows))
 
 
-def by_length(found: Sequence[np.ndarray], max_length: int) -> dict:
+def accuracy_by_length(found: Sequence[np.ndarray], max_length: int) -> dict:
     """The share of right strings over their length, as a figure of the report."""
+    title = "Strings that are right throughout, by length"
+    return {"title": title, "percent": True, **_by_length(found, max_length, column=1)}
+
+
+def steps_by_length(found: Sequence[np.ndarray], max_length: int) -> dict:
+    """The steps that a position takes before it halts over the length of its string, as a figure of the report."""
+    return {"title": "Steps of a position, mean by length of its string", **_by_length(found, max_length, column=4)}
+
+
+def _by_length(found: Sequence[np.ndarray], max_length: int, *, column: int) -> dict:
+    """The mean of a column over the length: a line of lengths of training, and one of longer strings."""
     rows = np.concatenate(found)
     beyond = rows[:, 0] > max_length
     bins = np.where(beyond, max_length + (rows[:, 0] - max_length - 1) // WIDTH * WIDTH + WIDTH, 0)
     bins = np.where(beyond, bins, np.minimum(-(-rows[:, 0] // WIDTH) * WIDTH, max_length))
     places = np.unique(bins)
-    shares = [float(rows[bins == place, 1].mean()) for place in places]
-    known = [share if place <= max_length else None for place, share in zip(places, shares, strict=True)]
-    longer = [share if place > max_length else None for place, share in zip(places, shares, strict=True)]
+    means = [float(rows[bins == place, column].mean()) for place in places]
+    known = [mean if place <= max_length else None for place, mean in zip(places, means, strict=True)]
+    longer = [mean if place > max_length else None for place, mean in zip(places, means, strict=True)]
     return {
         "kind": "lines",
-        "title": "Strings that are right throughout, by length",
         "caption": f"Each point is of lengths up to its place, {WIDTH} of them at most. Training ends at {max_length}.",
         "x": places.tolist(),
         "x_label": "length, symbols",
-        "percent": True,
         "lines": {"lengths of training": known, "longer": longer},
     }
