@@ -102,13 +102,18 @@ def test_a_block_is_its_shortcut_plus_its_convolutions():
 
 
 def test_weight_decay_reaches_the_matrices_of_recurrences():
-    model = decoder(num_layers=2)
-    decayed = {
-        name
-        for name, parameter in model.named_parameters()
-        if is_matrix(name, model.get_submodule(name.rpartition(".")[0]), parameter)
+    def decayed(model):
+        return {
+            name
+            for name, parameter in model.named_parameters()
+            if is_matrix(name, model.get_submodule(name.rpartition(".")[0]), parameter)
+        }
+
+    assert decayed(decoder(num_layers=2)) == {
+        f"recurrence.weight_{side}h_l{layer}" for side in "ih" for layer in (0, 1)
     }
-    assert decayed == {f"recurrence.weight_{side}h_l{layer}" for side in "ih" for layer in (0, 1)}
+    for cell in (nn.GRUCell(2, 3), nn.LSTMCell(2, 3), nn.RNNCell(2, 3)):
+        assert decayed(nn.ModuleDict({"cell": cell})) == {"cell.weight_ih", "cell.weight_hh"}
 
 
 @pytest.mark.parametrize("architecture", ["resnet", "cnn"])

@@ -16,7 +16,9 @@ Selector = Callable[[str, nn.Module, nn.Parameter], bool]
 
 # Weight decay pulls matrices toward zero, where zero means "no effect". For a norm's scale, an embedding or a bias it means
 # something else, so that they are left alone (Loshchilov and Hutter 2017, arXiv:1711.05101, as practised since GPT-2).
-_MATRIX_OWNERS = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase)
+_MATRIX_OWNERS = (
+    nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
