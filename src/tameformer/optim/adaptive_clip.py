@@ -151,8 +151,10 @@ class AdaptiveClip:
 
     def settle(self, taken: Tensor | bool) -> None:
         """Say whether the step was taken: of one that was not, nothing is learned."""
-        taken = torch.as_tensor(taken, device=self._statistics.device)
-        self._statistics = torch.where(taken != 0, self._statistics, self._before)
+        if isinstance(taken, Tensor):
+            self._statistics = torch.where(taken != 0, self._statistics, self._before)
+        elif not taken:
+            self._statistics = self._before
 
     def readings(self) -> Mapping[str, Tensor]:
         """Of the last call: whether anything was scaled, 1 or 0, and each group's limit."""

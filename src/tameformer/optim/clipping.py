@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tameformer.shapes import is_ordinary
+
 Norms = Callable[[Sequence[nn.Parameter], Tensor], None]
 """Takes the parameters that have a gradient, and the norm of each gradient after clipping, (parameters,)."""
 
@@ -142,4 +144,4 @@ def _factor_on_device(norm: Tensor, max_norm: float) -> Tensor:
 def alike(tensors: list[Tensor]) -> bool:
     """Whether each is an ordinary tensor, all of one type and on one device."""
     first = tensors[0]
-    return all(type(one) is Tensor and one.device == first.device and one.dtype == first.dtype for one in tensors)
+    return all(is_ordinary(one) and one.device == first.device and one.dtype == first.dtype for one in tensors)

@@ -222,7 +222,7 @@ def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
 def _spread(batch: int, length: int, rows: int, device: torch.device) -> Int[Tensor, "batch rows"]:
     """Evenly spread positions; with several sequences each starts a little further on."""
     if batch == 1:
-        return stratified_rows(length, rows)[None].to(device)
+        return stratified_rows(length, rows, device)[None]
     count = min(length, rows)
     shift = (torch.arange(batch, device=device)[:, None] + 0.5) / batch
     return ((torch.arange(count, device=device) + shift) * (length / count)).long()

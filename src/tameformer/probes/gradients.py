@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from tameformer.patch import unwrapped
 from tameformer.probes.probe import Probe
-from tameformer.shapes import Float, Int
+from tameformer.shapes import Float, Int, is_ordinary
 
 
 def joint_norms(norms: Float[Tensor, " tensors"], members: Int[Tensor, "groups most"]) -> Float[Tensor, " groups"]:
@@ -63,9 +63,10 @@ class GradientNorm(Probe):
         parameters, gradients = [], []
         for name, parameter in self._trained():
             gradient = parameter.grad
-            if type(gradient) is not Tensor:
-                if gradient is not None:
-                    self._unseen[name] = f"a {type(gradient).__name__}, of which this process may hold a part only"
+            if gradient is None:
+                continue
+            if not is_ordinary(gradient):
+                self._unseen[name] = f"a {type(gradient).__name__}, of which this process may hold a part only"
                 continue
             parameters.append((name, parameter))
             gradients.append(gradient.coalesce().values() if gradient.is_sparse else gradient)

@@ -17,7 +17,7 @@ from tameformer.nn.embedding import TokenEmbedding
 from tameformer.nn.positions import LearnedPositions
 from tameformer.patch import unwrapped
 from tameformer.probes.probe import Probe
-from tameformer.shapes import Float
+from tameformer.shapes import Float, is_ordinary
 
 Where = Callable[[nn.Module, nn.Parameter], bool]
 """Whether a parameter is meant, from the module that owns it and the parameter."""
@@ -116,7 +116,7 @@ class SpectralNorm(Probe):
             self._values.update(zip((f"diag/stable_rank/{name}" for name in names), rank.unbind(), strict=True))
 
         for name, chain in self._known.items():
-            if type(chain.original) is not nn.Parameter:
+            if not is_ordinary(chain.original):
                 self._unseen[name] = f"a {type(chain.original).__name__}, of which this process may hold a part only"
                 continue
             norms, squares = cast(Any, chain[0]).spectra()
@@ -201,7 +201,7 @@ def present(slots: Mapping[str, tuple[nn.Module, str]], unseen: dict[str, str]) 
         parameter = module._parameters.get(attribute)
         if parameter is None:
             unseen[name] = "no longer a parameter of its module"
-        elif type(parameter) is not nn.Parameter:
+        elif not is_ordinary(parameter):
             unseen[name] = f"a {type(parameter).__name__}, of which this process may hold a part only"
         elif parameter.is_meta or parameter.dim() < 2:
             unseen[name] = f"not here as a matrix: {tuple(parameter.shape)} on {parameter.device}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tameformer.probes.probe import Probe
 from tameformer.probes.spectral_norm import Where, is_matrix, part_labels, transparent, weight_slots
-from tameformer.shapes import Float
+from tameformer.shapes import Float, is_ordinary
 
 _RUNS = 32
 """Runs that the sampled entries lie in. Neighbours are cheap to read, but rows and columns are heads and units, which
@@ -111,7 +111,7 @@ class UpdateRatio(Probe):
             sample = sampled(local.detach(), self.entries)
             alike.setdefault((sample.shape, sample.device, sample.dtype), []).append((name, sample))
         for name, chain in self._computed.items():
-            if type(chain.original) is not nn.Parameter:
+            if not is_ordinary(chain.original):
                 self._unseen[name] = f"a {type(chain.original).__name__}, of which this process may hold a part only"
                 continue
             matrices, factors = cast(Any, chain[0]).scaled_parts()

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from tameformer.readings import Readings
+from tameformer.training.average import advance
 from tameformer.training.engine import Engine
 from tameformer.training.events import Listener
 from tameformer.training.interval import Interval
@@ -109,7 +110,7 @@ class GuardedSteps:
         if taken:
             pending.interval.add(loss, norm, result.num_items, clip={key: numbers[key] for key in result.clip})
             if self.average is not None:
-                self.average.update_parameters(self.run.model)
+                advance(self.average, self.run.model)
         else:
             pending.interval.num_skipped += 1
             progress.skipped += 1

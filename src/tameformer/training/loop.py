@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from tameformer.errors import DivergedError
+from tameformer.training.average import averaged
 from tameformer.training.checkpoint import CheckpointFolder, Snapshot, load
 from tameformer.training.engine import Engine, evaluating
 from tameformer.training.events import Listener
@@ -57,8 +58,7 @@ class Loop:
         self.model = engine.prepare(run.model)
         self.average: AveragedModel | None = None
         if run.ema_decay is not None:
-            # Buffers are averaged, too: for Transformers they are constants.
-            self.average = AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(run.ema_decay), use_buffers=True)
+            self.average = averaged(run.model, run.ema_decay)
         self.progress = Progress(Selection(run.checkpoint.best_metric, run.checkpoint.best_mode))
         self.log = Log(run, self.progress, listener, at_once=self._is_synchronous)
         self.steps = GuardedSteps(run, engine, self.model, self.average, self.progress, listener, stop)

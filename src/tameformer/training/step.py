@@ -126,7 +126,7 @@ def train_step(
     suspects = [] if taken is not False or bool(grad_norm.isfinite()) else [p for p in parameters if _is_broken(p)]
     _zero_grad(optimizers)
     if not isinstance(taken, Tensor):
-        taken = torch.tensor(float(taken), dtype=loss_sum.dtype)
+        taken = torch.full_like(loss_sum, float(taken))
     return StepResult(loss_sum, num_items, grad_norm, taken, bool(stops), suspects, clip.readings())
 
 

@@ -103,7 +103,7 @@ def logits_entropy(
     return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
-def stratified_rows(length: int, count: int) -> Int[Tensor, " rows"]:
+def stratified_rows(length: int, count: int, device: torch.device | None = None) -> Int[Tensor, " rows"]:
     """Up to `count` query positions spread evenly over a sequence.
 
     Causal entropy is mostly a function of the position, so spreading beats drawing at random by a factor of about 2.7 in the
@@ -114,7 +114,7 @@ def stratified_rows(length: int, count: int) -> Int[Tensor, " rows"]:
         tensor([12, 37, 62, 87])
     """
     count = min(length, count)
-    return ((torch.arange(count) + 0.5) * (length / count)).long()
+    return ((torch.arange(count, device=device) + 0.5) * (length / count)).long()
 
 
 def centred_keys(
