@@ -69,6 +69,14 @@ class SimulatedTensor(Tensor):
         _wait("tolist")
         return self.inner.tolist()
 
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        copy = SimulatedTensor(self.inner.detach().clone())
+        kept = nn.Parameter(copy, self.requires_grad) if isinstance(self, nn.Parameter) else copy
+        return memo.setdefault(id(self), kept)
+
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"can't convert {self.device} device type tensor to numpy; use Tensor.cpu()")
 

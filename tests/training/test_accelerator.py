@@ -14,6 +14,7 @@ import torch
 from simulated_accelerator import install, simulated
 from tameformer.recipes.config import ProbesConfig
 from tameformer.recipes.launch import train
+from tameformer.record import RunReader
 from tiny_recipes import SETTINGS, values_of, write_data
 
 ONCE = (
@@ -26,15 +27,16 @@ ONCE = (
 )
 """Waits of the first steps: the model goes to the device, and what probes need there for good."""
 AFTER_TRAINING = ("checkpoint.py", "recovery.py", "evaluate.py", "self._statistics.tolist(")
+LOSSES = ("train/loss", "eval/loss")
 RECURRENT = {"hierarchical", "seq2seq-rnn"}
 """Their GRU is one kernel of the device, which a simulation has not."""
 
 
-def trained(recipe, values):
+def trained(recipe, values, resume="never", inject=""):
     """The last metrics of a run, and what waited for the device and how often."""
     torch.set_num_threads(1)
     with simulated() as waits:
-        result = train(recipe, overrides=values)
+        result = train(recipe, overrides=values, resume=resume, inject=inject)
     return result.metrics, dict(waits)
 
 
@@ -65,7 +67,7 @@ def settings(recipe, data, run, **more):
 def test_every_recipe_trains_there_as_on_a_processor(recipe, data, tmp_path, on_accelerator):
     there, waits = on_accelerator(trained, recipe, settings(recipe, data, tmp_path / "there"))
     here = train(recipe, overrides=settings(recipe, data, tmp_path / "here")).metrics
-    for key in ("train/loss", "eval/loss"):
+    for key in LOSSES:
         assert math.isclose(there[key], here[key], rel_tol=1e-5)
     assert any("prepare_model" in line for line in waits)  # it was there
 
@@ -98,6 +100,23 @@ def test_watching_waits_in_no_step_but_the_watched(data, tmp_path, on_accelerato
     _, waits = on_accelerator(trained, "char-lm", values)
     # Steps 5, 10 and 12: who listens to an optimizer has to know whether it steps. Their values come one step later.
     assert steady(waits) == {"event at readings.py": 12 + 3, "number read at training/step.py": 2 * (1 + 3)}
+
+
+def test_a_run_resumed_there_is_one_never_stopped(data, tmp_path, on_accelerator):
+    more = {"optim.name": "muon", "optim.clipping": "adaptive", "optim.ema_decay": 0.9, "max_steps": 8}
+    whole, _ = on_accelerator(trained, "char-lm", {**settings("char-lm", data, tmp_path / "whole"), **more})
+    parts = {**settings("char-lm", data, tmp_path / "parts"), **more}
+    on_accelerator(trained, "char-lm", {**parts, "loop.pause_after": 0.5})
+    resumed, _ = on_accelerator(trained, "char-lm", parts, "auto")
+    assert {key: whole[key] for key in LOSSES} == {key: resumed[key] for key in LOSSES}
+
+
+def test_a_broken_step_is_refused_there(data, tmp_path, on_accelerator):
+    values = {**settings("char-lm", data, tmp_path / "run"), "max_steps": 8, "loop.logging_steps": 1}
+    metrics, _ = on_accelerator(trained, "char-lm", values, "never", "nan@5")
+    assert [line["step"] for line in RunReader(tmp_path / "run").log() if line.get("train/skipped")] == [5]
+    assert math.isfinite(metrics["train/loss"])
+    assert math.isfinite(metrics["eval/loss"])
 
 
 def test_what_is_left_on_the_processor_is_found(on_accelerator):
