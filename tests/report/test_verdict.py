@@ -16,7 +16,7 @@ from tameformer.report.verdict import (
     over_fitting,
     run_state,
 )
-from tameformer.report.wording import direction, number, quantity
+from tameformer.report.wording import direction, label, number, quantity
 
 NAN, INF = math.nan, math.inf
 
@@ -86,6 +86,12 @@ def test_no_course_without_two_finite_losses():
     ("key", "values", "words"),
     [
         ("eval/accuracy", (0.5, 0.9, 0.8), "Evaluation accuracy: 80.00 % at step 20; best 90.00 % at step 10."),
+        (
+            "eval/accuracy_longer",
+            (0.5, 0.25),
+            "Evaluation accuracy longer: 25.00 % at step 10; best 50.00 % at step 0.",
+        ),
+        ("eval/wer", (1.25, 0.2662), "Evaluation WER: 26.62 % at step 10, its best."),
         ("eval/loss", (0.5, 0.2, 0.3), "Evaluation loss: 0.3 at step 20; best 0.2 at step 10."),
         ("eval/loss", (0.5, 0.2), "Evaluation loss: 0.2 at step 10, its best."),
         ("eval/bleu", (NAN, 31.25, NAN), "Evaluation BLEU: 31.25 at step 10."),
@@ -125,7 +131,12 @@ def test_over_fitting(train, evaluation, found):
 
 @pytest.mark.parametrize(
     ("rates", "level", "words"),
-    [((0.0, 0.0), "good", "No gradient"), ((0.5, NAN), "good", "on 50 % of steps."), ((1.0, 0.95), "note", "98 %")],
+    [
+        ((0.0, 0.0), "good", "No gradient"),
+        ((0.001, 0.0), "good", "on less than 1 % of steps."),
+        ((0.5, NAN), "good", "on 50 % of steps."),
+        ((1.0, 0.95), "note", "98 %"),
+    ],
 )
 def test_the_clip_rate_is_a_mean_over_finite_records(rates, level, words):
     found = clipping(series(*rates))
@@ -185,6 +196,17 @@ def test_a_loss_that_stopped_falling_is_not_said_to_go_on_falling():
     assert (found.level, "goes on falling" in found.text) == ("note", False)
 
 
+def test_steps_that_were_skipped_are_counted():
+    log = {"train/loss": series(2.0, 1.0)}
+    told = [
+        " ".join(finding.text for finding in judge(run(log, *["step_skipped"] * n, "finish")).findings)
+        for n in (0, 1, 3)
+    ]
+    assert "skipped" not in told[0]
+    assert "The guard skipped one step, at step 0." in told[1]
+    assert "The guard skipped 3 steps, the last at step 0." in told[2]
+
+
 def test_the_verdict_tells_the_worst_first_and_grades_the_run():
     good = judge(run({"train/loss": series(2.0, 1.0)}, "finish"))
     assert (good.level, good.headline) == ("good", "Finished at step 10.")
@@ -214,3 +236,8 @@ def test_numbers_are_short_and_say_when_they_are_none():
     ]  # fmt: skip
     assert quantity("eval/accuracy", 0.97345) == "97.34 %"
     assert quantity("eval/bleu", 0.5) == "0.5"
+    assert [quantity("test/cer", value) for value in (0.058, 1.1, 27.5)] == ["5.80 %", "110.00 %", "27.5"]
+    assert [label(f"eval/{name}") for name in ("cer", "bleu_lowercased")] == [
+        "Evaluation CER",
+        "Evaluation BLEU lowercased",
+    ]

@@ -16,7 +16,7 @@ from tameformer.report.read import Run, Series, clean, read_run
 from tameformer.report.sections import SHOWN_FIRST, UNDRAWN, Section, heading, per_second, throughput_key
 from tameformer.report.tables import Table, flatten
 from tameformer.report.verdict import Verdict, best, judge
-from tameformer.report.wording import direction, label, number, quantity
+from tameformer.report.wording import direction, is_share, label, number, quantity
 
 
 @np.errstate(over="ignore", invalid="ignore")
@@ -101,7 +101,9 @@ def _comparison_sections(names: Sequence[str], runs: Sequence[Run]) -> list[Sect
 
 
 def _overlay(key: str, names: Sequence[str], runs: Sequence[Run], last: int) -> Chart:
-    lines, smoothing, percent = [], False, key.endswith("accuracy")
+    lines, smoothing = [], False
+    values = [value for run in runs if key in run.log for value in run.log[key].finite.values]
+    percent = is_share(key, max(map(abs, values), default=0.0))
     for index, run in enumerate(runs):
         if key not in run.log:
             continue

@@ -53,9 +53,8 @@ def key_numbers(run: Run, verdict: Verdict) -> list[tuple[str, str, str]]:
     for key in metrics(log)[:1]:
         top = best(key, log[key])
         if top is not None:
-            out.append(
-                (f"Best {label(key).lower().replace('bleu', 'BLEU')}", quantity(key, top[1]), f"step {top[0]:,}")
-            )
+            name = label(key)
+            out.append((f"Best {name[:1].lower()}{name[1:]}", quantity(key, top[1]), f"step {top[0]:,}"))
     for key in [key for key in log if key.startswith("test/") and key != "test/loss"][:2]:
         if len(log[key].finite):
             out.append((label(key), quantity(key, log[key].finite.values[-1]), f"step {log[key].finite.steps[-1]:,}"))

@@ -21,10 +21,11 @@ from tameformer.report.tables import (
 from tameformer.report.task_figures import Passage, task_figures
 from tameformer.report.trouble import Trouble, first_trouble
 from tameformer.report.verdict import best
-from tameformer.report.wording import direction, label, quantity
+from tameformer.report.wording import direction, is_share, label, quantity
 
 UNDRAWN = (
     "epoch", "perf/elapsed_seconds", "perf/step_seconds", "perf/data_wait", "train/clip_rate", "train/grad_norm_max",
+    "train/skipped",  # the events tell of each
 )  # fmt: skip
 SHOWN_FIRST = ("train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_second", "perf/samples_per_second")
 
@@ -137,7 +138,8 @@ def _metric_chart(run: Run, key: str) -> Chart:
     lines = [Line("training", train, look="faint")] if train is not None else []
     lines += evaluation_lines(run, key, BLUE)
     way = {"higher": "Higher is better.", "lower": "Lower is better.", None: ""}[direction(key)]
-    return line_chart(label(key), lines, last_step=run.last_step, percent=key.endswith("accuracy"), caption=way)
+    percent = is_share(key, float(max(np.abs(run.log[key].finite.values), default=0.0)))
+    return line_chart(label(key), lines, last_step=run.last_step, percent=percent, caption=way)
 
 
 def evaluation_lines(run: Run, key: str, color: str) -> list[Line]:
@@ -161,7 +163,7 @@ def _texts(run: Run) -> tuple[tuple[str, str], ...]:
 
 def metrics(log: dict[str, Series]) -> list[str]:
     """The evaluation metrics, the one that people care for first."""
-    order = ("accuracy", "bleu", "perplexity", "loss")
+    order = ("accuracy", "bleu", "wer", "cer", "perplexity", "loss")
     keys = [key for key in log if key.startswith("eval/")]
     return sorted(keys, key=lambda key: order.index(key[5:]) if key[5:] in order else len(order))
 

@@ -52,6 +52,7 @@ def judge(run: Run) -> Verdict:
     findings = [
         Finding(trouble.level, trouble.text) if trouble is not None and trouble.probe != "train/loss" else None,
         unsaved(run.events),
+        skipped(run.events),
         *map(warning, warned.values()),
         non_finite(run.log),
         non_finite_probes(run.probes),
@@ -95,6 +96,16 @@ def run_state(run: Run) -> tuple[State, str]:
     if ended == "pause":
         return "stopped", f"Paused at step {last:,}, as asked for, before its end."
     return "unfinished", f"Not finished: still running, or killed. The last record is of step {last:,}{_planned(run)}."
+
+
+def skipped(events: Sequence[Event]) -> Finding | None:
+    """How many steps the guard refused, and when the last was; the events say why."""
+    refused = [event for event in events if event.kind == "step_skipped"]
+    if not refused:
+        return None
+    one = len(refused) == 1
+    text = "The guard skipped one step" if one else f"The guard skipped {len(refused):,} steps"
+    return Finding("good", f"{text}, {'' if one else 'the last '}at step {refused[-1].step:,}.")
 
 
 def unsaved(events: Sequence[Event]) -> Finding | None:
@@ -220,7 +231,8 @@ def clipping(rate: Series | None) -> Finding | None:
     if rate is None or not len(rate.finite):
         return None
     mean = float(rate.finite.values.mean())
-    text = f"The gradient was clipped on {100 * mean:.0f} % of steps"
+    share = "less than 1" if 0 < mean < 0.01 else f"{100 * mean:.0f}"
+    text = f"The gradient was clipped on {share} % of steps"
     if mean > ALWAYS_CLIPPED:
         return Finding("note", f"{text}: the clipping threshold sets the update length; raise it, or lower the rate.")
     return Finding("good", f"{text}.") if mean > 0 else Finding("good", "No gradient was clipped.")

@@ -8,6 +8,8 @@ import numpy as np
 
 _NAMES = {"train/lr": "Learning rate", "train/grad_norm": "Gradient norm", "train/clip_rate": "Share of steps clipped"}
 _LOWER_IS_BETTER = re.compile(r"loss|perplexity|error|(^|_)(wer|cer|ppl|mae|mse|rmse)($|_)")
+_SHARE = re.compile(r"(^|[/_])(accuracy|wer|cer)($|_)")
+_ACRONYMS = re.compile(r"\b(bleu|wer|cer|f1|rmse|mse|mae)\b")
 _HIGHER_IS_BETTER = re.compile(r"accuracy|bleu|matthews|chrf|precision|recall|(^|_)(f1|auc|map|acc|r2)($|_)")
 
 
@@ -38,24 +40,35 @@ def tick(value: float, largest: float) -> str:
     return number(value) if value >= 0 else "\u2212" + number(-value)
 
 
+def is_share(key: str, largest: float = 1.0) -> bool:
+    """Whether a metric is a share that people read in per cent; those with values far above 1 are in per cent already.
+
+    Example:
+        >>> is_share("eval/accuracy_longer"), is_share("test/wer", 1.2), is_share("test/wer", 27.5), is_share("eval/loss")
+        (True, True, False, False)
+    """
+    # An error rate passes 1 where too many words are written.
+    return _SHARE.search(key) is not None and -2 <= float(largest) <= 2
+
+
 def quantity(key: str, value: float) -> str:
-    """A metric's value as people write it: accuracy in per cent, the rest as numbers."""
-    is_share = key.endswith("accuracy") and -1 <= value <= 1
-    return f"{100 * value:.2f} %" if is_share else number(value)
+    """A metric's value as people write it: accuracies and error rates in per cent, the rest as numbers."""
+    return f"{100 * value:.2f} %" if is_share(key, value) else number(value)
 
 
 def label(key: str) -> str:
     """A key in words.
 
     Example:
-        >>> label("eval/perplexity_per_byte"), label("train/grad_norm")
-        ('Evaluation perplexity per byte', 'Gradient norm')
+        >>> label("eval/perplexity_per_byte"), label("train/grad_norm"), label("test/wer")
+        ('Evaluation perplexity per byte', 'Gradient norm', 'Test WER')
     """
     group, _, name = key.partition("/")
     words = {"eval": "evaluation", "train": "training", "perf": ""}.get(group, group)
     if key in _NAMES:
         return _NAMES[key]
-    text = f"{words} {(name or '').replace('_', ' ').replace('/', ' ')}".strip().replace("bleu", "BLEU")
+    text = f"{words} {(name or '').replace('_', ' ').replace('/', ' ')}".strip()
+    text = _ACRONYMS.sub(lambda found: found[0].upper(), text)
     return text[:1].upper() + text[1:]
 
 

@@ -14,7 +14,7 @@ from tameformer.report.curves import Line, line_chart
 from tameformer.report.drawing import BROKEN, INK, MUTED, PALETTE, WIDE, Chart, drawing
 from tameformer.report.loss import smoothed
 from tameformer.report.read import Series, clean
-from tameformer.report.wording import label, number, shorten
+from tameformer.report.wording import is_share, label, number, shorten
 from tameformer.studies.results import Results, Row, Variant
 from tameformer.studies.tables import named, where
 
@@ -33,7 +33,7 @@ def look(index: int) -> tuple[str, str]:
 def rate_chart(results: Results) -> Chart:
     """The metric against the learning rate, a line each variant, with intervals and the runs that diverged."""
     rates = np.array(results.variants[0].rates)
-    percent = results.metric.endswith("accuracy")
+    percent = is_share(results.metric)
     initial = _mean_initial(results) if results.metric == results.loss else None
     title = f"{label(results.metric)} against learning rate"
     width, height = WIDE, 340
@@ -120,7 +120,7 @@ def dot_chart(results: Results) -> Chart:
     points = [
         (name + (f" ({diverged} diverged)" if diverged else ""), found, PALETTE[0]) for name, found, diverged in rows
     ]
-    return _interval_chart(title, points, percent=results.metric.endswith("accuracy"), zero=False)
+    return _interval_chart(title, points, percent=is_share(results.metric), zero=False)
 
 
 def difference_chart(results: Results) -> Chart:
@@ -131,7 +131,7 @@ def difference_chart(results: Results) -> Chart:
         for one in results.differences
     ]
     title = f"{label(results.metric)}: difference to {clean(results.variants[0].name)}"
-    return _interval_chart(title, points, percent=results.metric.endswith("accuracy"), zero=True)
+    return _interval_chart(title, points, percent=is_share(results.metric), zero=True)
 
 
 def _interval_chart(title: str, points: Sequence, *, percent: bool, zero: bool) -> Chart:

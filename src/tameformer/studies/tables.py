@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from tameformer.report.read import clean
 from tameformer.report.tables import Table
-from tameformer.report.wording import direction, label, number, quantity
+from tameformer.report.wording import direction, is_share, label, number, quantity
 from tameformer.studies.cells import State
 from tameformer.studies.results import Difference, Results, Row, Variant
 from tameformer.studies.statistics import Interval
@@ -146,7 +146,7 @@ def with_interval(key: str, found: Interval | None, *, signed: bool = False) -> 
     if found is None:
         return DASH
     plus = "+" if signed and found.mean > 0 else ""
-    share, suffix = (100.0, " %") if key.endswith("accuracy") else (1.0, "")
+    share, suffix = (100.0, " %") if is_share(key, found.mean) else (1.0, "")
     if found.half_width is None or not 0 < found.half_width < float("inf"):
         return f"{plus}{quantity(key, found.mean)}".replace("-", "\u2212", 1)
     # Two digits of the half-width, and at least three of the mean.
