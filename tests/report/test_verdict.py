@@ -16,7 +16,7 @@ from tameformer.report.verdict import (
     over_fitting,
     run_state,
 )
-from tameformer.report.wording import direction, label, number, quantity
+from tameformer.report.wording import direction, fitted, label, number, quantity
 
 NAN, INF = math.nan, math.inf
 
@@ -214,6 +214,16 @@ def test_the_verdict_tells_the_worst_first_and_grades_the_run():
     assert (bad.level, bad.headline) == ("bad", "Finished at step 20, with problems.")
     assert [finding.level for finding in bad.findings] == ["bad", "note", "good"]
     assert judge(run({"train/loss": series(2.0, 1.0)}, "stop")).level == "note"
+
+
+def test_long_names_stay_different_from_each_other():
+    sides = [f"{side}.stack.layers.{layer}.cross_attention" for side in ("encoder", "decoder") for layer in (3, 12)]
+    for limit in (24, 30):
+        told = fitted(sides, limit)
+        assert len(set(told)) == 4
+        assert max(map(len, told)) <= limit
+    assert fitted(["a.layers.0", "b"], 24) == ["a.layers.0", "b"]  # as they are where there is room
+    assert fitted(["layers.0.xxxxxxxx", "blocks.0.xxxxxxxx"], 16) == ["layers.0\u2026xxxxxxx", "blocks.0\u2026xxxxxxx"]
 
 
 def test_smoothing_keeps_a_straight_line_away_from_its_ends_and_a_constant_everywhere():

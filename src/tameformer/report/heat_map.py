@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from tameformer.report.axes import OFF_SCALE, step_ticks
 from tameformer.report.drawing import BROKEN, MUTED, NARROW, PARTLY, WIDE, Chart, drawing
 from tameformer.report.read import Probe
-from tameformer.report.wording import short_names, shorten, tick
+from tameformer.report.wording import fitted, short_names, tick
 
 COLUMNS, ROWS = 400, 1200  # a heat map is drawn with at most this many cells either way ...
 CELLS = 80_000  # ... and about this many in all, which bounds the size of its picture
@@ -85,11 +85,12 @@ def heat_map(
     colors[~present] = (0xE9, 0xEC, 0xEF, 255)
 
     labels, prefix, suffix = short_names(probe.layers)
+    labels = fitted(labels, 30)
     row_height = _row_height(len(rows), len(labels))
     with_heads = any(head is not None for _, head in rows)
     numbered = with_heads and row_height >= 9
     top, bottom, right = 20, 42, 84
-    left = 30 + min(196, int(6.4 * max(len(shorten(text, 30)) for text in labels))) + (26 if numbered else 0)
+    left = 30 + min(196, int(6.4 * max(map(len, labels)))) + (26 if numbered else 0)
     width, height = WIDE if wide else NARROW, int(top + bottom + row_height * len(rows))
     with drawing(width, height) as (figure, save):
         box = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
@@ -219,7 +220,7 @@ def _label_rows(
     stops = [*firsts[1:], len(rows)]
     middles = [(first + stop - 1) / 2 for first, stop in zip(firsts, stops, strict=True)]
     every = max(1, int(np.ceil(11 * len(labels) / (row_height * len(rows)))))
-    axes.set_yticks(middles[::every], [shorten(text, 30) for text in labels[::every]])
+    axes.set_yticks(middles[::every], labels[::every])
     axes.tick_params(axis="y", pad=30 if numbered else 5)
     corner: dict[str, Any] = {
         "xycoords": "axes fraction",

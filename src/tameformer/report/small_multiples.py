@@ -13,7 +13,7 @@ from tameformer.report.curves import Mark, draw_marks
 from tameformer.report.drawing import BROKEN, MUTED, NARROW, PALETTE, WIDE, Chart, drawing
 from tameformer.report.quantities import Quantity
 from tameformer.report.read import Probe, Series, share_of
-from tameformer.report.wording import place_names, short_names, shorten
+from tameformer.report.wording import fitted, place_names, short_names
 
 COLUMNS, PANELS = 4, 12  # panels beside each other, and at most in one figure
 BESIDE = 2  # panels up to which the figure takes half the width, beside the map of the layers
@@ -55,7 +55,7 @@ def small_multiples(
     limits = _limits(np.concatenate([positive if log else all_values, *extra]), log=log)
     buckets = int(np.clip(POINTS // (2 * max(count, 1)), 8, 80))
 
-    labels, (_, prefix, suffix) = place_names(probe.layers), short_names(probe.layers)
+    labels, (_, prefix, suffix) = fitted(place_names(probe.layers), 24), short_names(probe.layers)
     width = WIDE if len(layers) > BESIDE else NARROW
     across, down = min(COLUMNS, len(layers)), -(-len(layers) // COLUMNS)
     left, right, top, bottom = 52, 12, 20, 40
@@ -214,6 +214,5 @@ def _finish(axes: Axes, label: str, limits: tuple[float, float], last_step: int,
     value_ticks(axes, np.array(limits), log=log, percent=False)
     axes.set_ylim(*limits)
     axes.annotate(
-        shorten(label, 24), (0, 1), xycoords="axes fraction", textcoords="offset points", xytext=(0, 5), fontsize=9,
-        color=MUTED,
-    )  # fmt: skip
+        label, (0, 1), xycoords="axes fraction", textcoords="offset points", xytext=(0, 5), fontsize=9, color=MUTED
+    )

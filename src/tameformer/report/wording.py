@@ -100,6 +100,21 @@ def shorten(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]}\u2026{text[-(limit - limit // 2 - 1) :]}"
 
 
+def fitted(names: Sequence[str], limit: int) -> list[str]:
+    """The names with at most `limit` characters, each still one of its own where that can be.
+
+    Where one is too long, all lose the words between the first and a number, such as `layers`; then the middle is left out.
+
+    Example:
+        >>> fitted(["decoder.layers.0.cross_attention", "decoder.layers.1.cross_attention"], 26)
+        ['decoder.0.cross_attention', 'decoder.1.cross_attention']
+    """
+    if max(map(len, names), default=0) > limit:
+        bare = [re.sub(r"(?<=\.)([^.\d]+\.)+(?=\d+(\.|$))", "", name) for name in names]
+        names = bare if len(set(bare)) == len(set(names)) else names
+    return [shorten(name, limit) for name in names]
+
+
 def place_names(layers: Sequence[str]) -> list[str]:
     """The short names, a bare number called a layer.
 
