@@ -54,9 +54,9 @@ def all_entropies(call: AttentionCall) -> Tensor:
         return logits_entropy(call.logits.float(), call.logits > lowest)
     assert call.query is not None
     assert call.key is not None
-    if call.query.device.type == "cpu" or call.mask is not None:
+    if call.query.device.type != "cuda" or call.mask is not None:
         return attention_entropy(call.query, call.key, call.mask, call.is_causal, call.scale)
-    # On an accelerator the choice between its two ways would wait for the device.
+    # The choice between its two ways would wait for the device.
     scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
     keys = centred_keys(call.key.float())
     return entropy_from_logsumexp(call.query.float(), keys, is_causal=call.is_causal, scale=scale)

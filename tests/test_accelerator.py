@@ -10,12 +10,18 @@ from multiprocessing import get_context
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
 
-from simulated_accelerator import install, simulated
+from simulated_accelerator import DEVICE, install, simulated
+from tameformer.probes import Watch, default_probes
+from tameformer.probes.exact_attention_entropy import ExactAttentionEntropy
+from tameformer.readings import Readings
 from tameformer.recipes.config import ProbesConfig
 from tameformer.recipes.launch import train
 from tameformer.record import RunReader
 from tiny_recipes import SETTINGS, values_of, write_data
+from zoo import FAMILIES, main_output
 
 ONCE = (
     "_accelerator.prepare_model(",
@@ -38,6 +44,31 @@ def trained(recipe, values, resume="never", inject=""):
     with simulated() as waits:
         result = train(recipe, overrides=values, resume=resume, inject=inject)
     return result.metrics, dict(waits)
+
+
+def exactly(model, optimizers):
+    return [ExactAttentionEntropy()]
+
+
+def watched(name, probes_of=default_probes):
+    """What probes find in the second step of a family's model, and what waited for the device in it."""
+    family = FAMILIES[name]
+    with simulated() as waits:
+        torch.manual_seed(0)
+        model = family.model()
+        device = DEVICE if torch.accelerator.is_available() else "cpu"
+        model, inputs = tree_map_only((nn.Module, torch.Tensor), lambda one: one.to(device), (model, family.inputs()))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        probes = [(probe, 1) for probe in probes_of(model, [optimizer])]
+        watch = Watch(model, probes, optimizers=[optimizer])
+        for _ in range(2):
+            optimizer.zero_grad()
+            waits.clear()  # the first step brings to the device what stays there
+            with watch.watching(1):
+                main_output(model(**inputs)).float().square().mean().backward()
+                optimizer.step()
+            readings = Readings(watch.read())
+        return readings.values(), dict(waits)
 
 
 def mixed():
@@ -117,6 +148,26 @@ def test_a_broken_step_is_refused_there(data, tmp_path, on_accelerator):
     assert [line["step"] for line in RunReader(tmp_path / "run").log() if line.get("train/skipped")] == [5]
     assert math.isfinite(metrics["train/loss"])
     assert math.isfinite(metrics["eval/loss"])
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "timm" not in name])
+def test_probes_see_the_same_there_and_wait_for_nothing(name, on_accelerator):
+    there, waits = on_accelerator(watched, name)
+    here, _ = watched(name)
+    assert there.keys() == here.keys()
+    loose = [key for key in here if not math.isclose(here[key], there[key], rel_tol=2e-3, abs_tol=2e-3)]
+    assert not loose
+    # What else waits is the model's own doing: Hugging Face looks into its masks.
+    ours = {
+        line: count for line, count in waits.items() if "patch/forward_pass.py" not in line and "elsewhere" not in line
+    }
+    assert ours == {"event at readings.py: self._event.synchronize()": 1}
+
+
+def test_exact_entropy_is_measured_where_there_is_no_fused_kernel_for_it(on_accelerator):
+    there, _ = on_accelerator(watched, "decoder", exactly)
+    here, _ = watched("decoder", exactly)
+    assert there == pytest.approx(here, abs=1e-5)
 
 
 def test_what_is_left_on_the_processor_is_found(on_accelerator):
