@@ -98,6 +98,8 @@ class ForwardPass(TorchFunctionMode):
     def _watch(self, module: nn.Module, label: str | None) -> None:
         """Know when this module runs; a stateless one, without a label, runs under the name of the one that called it."""
         is_activation = type(module).__module__ == "transformers.activations"
+        if label is None and not is_activation:
+            return  # what it calls is its caller's in any case
 
         def enter(module: nn.Module, args: Any) -> None:
             self._running.append(label or self._running[-1])

@@ -7,6 +7,7 @@ from 128 tokens up; the numbers are in `benchmarks/results/probes.md`.
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -108,20 +109,16 @@ def row_logits(call: AttentionCall, rows: int) -> Rows:
     keys = call.key.shape[2]
     scale = call.query.shape[-1] ** -0.5 if call.scale is None else call.scale
     logits = _scores(_take(call.query, chosen).float() * scale, call.key.float())
-    visible = None
-    if call.is_causal:
-        visible = (torch.arange(keys, device=source.device) <= chosen[..., None])[:, None]
-    if call.mask is not None:
-        mask = _take(call.mask.expand(batch, -1, -1, -1), chosen) if call.mask.shape[2] > 1 else call.mask
-        if mask.dtype == torch.bool:
-            visible = mask if visible is None else visible & mask
-        else:
-            logits = logits + mask.float()
-            allowed = mask > torch.finfo(mask.dtype).min / 2
-            visible = allowed if visible is None else visible & allowed
-    if visible is not None:
-        visible = visible.expand(batch, -1, chosen.shape[-1], keys)
-    return logits, visible, None if visible is None else _real(visible, chosen, length)
+    visible = _past(batch, length, rows, keys, source.device) if call.is_causal else None
+    if call.mask is None:
+        return logits, visible, None
+    mask = _take(call.mask.expand(batch, -1, -1, -1), chosen) if call.mask.shape[2] > 1 else call.mask
+    allowed = mask
+    if mask.dtype != torch.bool:
+        logits = logits + mask.float()
+        allowed = mask > torch.finfo(mask.dtype).min / 2
+    visible = (allowed if visible is None else visible & allowed).expand(batch, -1, chosen.shape[-1], keys)
+    return logits, visible, _real(visible, chosen, length)
 
 
 def row_statistics(
@@ -219,6 +216,7 @@ def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack(present) if present else None
 
 
+@lru_cache(maxsize=8)  # the same in every layer and step
 def _spread(batch: int, length: int, rows: int, device: torch.device) -> Int[Tensor, "batch rows"]:
     """Evenly spread positions; with several sequences each starts a little further on."""
     if batch == 1:
@@ -228,10 +226,16 @@ def _spread(batch: int, length: int, rows: int, device: torch.device) -> Int[Ten
     return ((torch.arange(count, device=device) + shift) * (length / count)).long()
 
 
+@lru_cache(maxsize=8)
+def _past(batch: int, length: int, rows: int, keys: int, device: torch.device) -> Bool[Tensor, "batch 1 rows key"]:
+    """Keys up to the position of each row."""
+    return (torch.arange(keys, device=device) <= _spread(batch, length, rows, device)[..., None])[:, None]
+
+
 def _take(tensor: Tensor, chosen: Int[Tensor, "batch rows"]) -> Tensor:
     """The chosen positions of the third axis, each sequence its own."""
     if chosen.shape[0] == 1:
-        return tensor[:, :, chosen[0]]
+        return tensor.index_select(2, chosen[0])
     index = chosen[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
     return tensor.gather(2, index)
 
