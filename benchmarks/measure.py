@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 StepBegins = Callable[[], bool]
 """Called by a loop before each step; waits until the step may run, and says False when the loop shall end."""
 TrainingLoop = Callable[[StepBegins], object]
@@ -156,7 +158,7 @@ def interleaved(
 
 
 def in_turns(calls: Mapping[str, Callable[[], object]], *, rounds: int, seed: int = 0) -> dict[str, list[float]]:
-    """Processor's seconds of each call in each round, in a new random order every time; two calls before are not counted."""
+    """Seconds, by `now`, of each call in each round, in a new random order every time; two calls before are not counted."""
     order = random.Random(seed)
     for call in calls.values():
         call()
@@ -164,10 +166,36 @@ def in_turns(calls: Mapping[str, Callable[[], object]], *, rounds: int, seed: in
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name in order.sample(sorted(calls), len(calls)):
-            begin = time.process_time()
+            begin = now()
             calls[name]()
-            seconds[name].append(time.process_time() - begin)
+            seconds[name].append(now() - begin)
     return seconds
+
+
+def device() -> torch.device:
+    """Where models are measured: the accelerator, where there is one."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def now() -> float:
+    """Seconds of this process; where there is an accelerator, the wall clock's when it has done all that it was given."""
+    if not torch.accelerator.is_available():
+        return time.process_time()
+    torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def growth(run: Callable[[], object]) -> float:
+    """MiB by which memory grew at its highest while something ran: the accelerator's, or that of this process."""
+    if torch.accelerator.is_available():
+        torch.accelerator.reset_peak_memory_stats()
+        before = torch.accelerator.memory_allocated()
+        run()
+        return (torch.accelerator.max_memory_allocated() - before) / 2**20
+    forget_peak()
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
 
 
 def clock(timings: Timings, *, threads: int) -> dict[str, list[float]]:

@@ -1,9 +1,10 @@
 """What watching costs: the step of a causal language model with a probe on it over the same step without.
 
 One model takes all steps; within a round every variant has its turn, in random order, and ratios are taken inside the round.
-Peak memory is that of the resident set, whose mark is set back before the step; the extra is the watched step's peak minus the
-plain one's, median over rounds. Ratios within about 0.01 of 1 are below the noise of whole steps: the share of the parts, in
-the last column, is measured by timing the callbacks themselves and is the better number there.
+Where there is an accelerator it is measured there, under autocast to bf16. Peak memory is the accelerator's, or that of the
+resident set, whose mark is set back before the step; the extra is the watched step's peak minus the plain one's, median over
+rounds. Ratios within about 0.01 of 1 are below the noise of whole steps: the share of the parts, in the last column, is
+measured by timing the callbacks themselves and is the better number there.
 """
 
 import dataclasses
@@ -13,8 +14,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from measure import Quartiles, forget_peak, quartiles, resident
-from subjects import Size, mean_loss, model_of
+from measure import Quartiles, device, growth, now, quartiles
+from subjects import GPT2, Size, mean_loss, model_of, random_tokens
 from torch import nn
 from torch.optim import AdamW
 from write_up import Table, parser, set_threads, write
@@ -38,19 +39,20 @@ class Subject:
     """A model in training, a step at a time."""
 
     def __init__(self, size: Size) -> None:
-        self.size, self.model = size, model_of(size)
+        self.size, self.model = size, model_of(size).to(device())
         self.optimizers = {
             "fused": AdamW(self.model.parameters(), lr=1e-4, fused=True),
             "default": AdamW(self.model.parameters(), lr=1e-4),
         }
-        generator = torch.Generator().manual_seed(0)
-        self.batch = torch.randint(size.vocab_size, (2, size.batch, size.seq), generator=generator)
+        self.batch = [one.to(device()) for one in random_tokens(size)]
 
     def step(self, watch: Watch | None, optimizer: str = "fused") -> None:
         """Forward, backward, update, and the numbers on the host."""
         watching: AbstractContextManager[None] = nullcontext() if watch is None else watch.watching(1)
         with watching:
-            mean_loss(self.model, self.batch[0], self.batch[1]).backward()
+            with torch.autocast(device().type, torch.bfloat16, enabled=device().type != "cpu"):
+                loss = mean_loss(self.model, *self.batch)
+            loss.backward()
             self.optimizers[optimizer].step()
         self.optimizers[optimizer].zero_grad()
         if watch is not None:
@@ -75,14 +77,6 @@ class Stopwatch:
                 self.seconds += time.process_time() - begin
 
         return timed
-
-
-def peak_of(run: Callable[[], object]) -> float:
-    """MiB by which the resident set grew at its highest while something ran."""
-    forget_peak()
-    before = resident("VmRSS")
-    run()
-    return resident("VmHWM") - before
 
 
 def compare(
@@ -111,9 +105,9 @@ def compare(
         each.seconds = 0.0
     for _ in range(rounds):
         for name in order.sample(sorted(runs), len(runs)):
-            begin = time.process_time()
-            peaks[name].append(peak_of(runs[name]))
-            seconds[name].append(time.process_time() - begin)
+            begin = now()
+            peaks[name].append(growth(runs[name]))
+            seconds[name].append(now() - begin)
     plain = quartiles(seconds["plain"]).median
     found = {}
     for name in runs:
@@ -155,6 +149,21 @@ def table_of(title: str, found: dict[str, tuple[Quartiles, float, float]]) -> Ta
     return table
 
 
+def sizes(*, quick: bool) -> tuple[list[Size], list[Size]]:
+    """Of the tables of attention entropy, and of those of all probes."""
+    if quick:
+        size = Size(num_layers=1, dim=32, num_heads=4, seq=16, batch=4)
+        return [size], [dataclasses.replace(size, batch=2)]
+    if device().type != "cpu":
+        return [dataclasses.replace(GPT2, seq=seq, batch=GPT2.tokens // seq) for seq in (128, 512, 1024)], [GPT2]
+    small = Size(num_layers=6, dim=256, num_heads=4, seq=128, batch=16)
+    middle = Size(num_layers=12, dim=256, num_heads=4, seq=256, batch=2)
+    return (
+        [dataclasses.replace(small, seq=seq, batch=small.tokens // seq) for seq in (128, 512, 1024)],
+        [middle, dataclasses.replace(middle, batch=16)],
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "python benchmarks/probes.py --rounds 25")
     options.add_argument("--rounds", type=int, default=25, help="turns of each variant")
@@ -162,26 +171,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_threads(given.threads)
     rounds = 2 if given.quick else given.rounds
     tables, raw = [], {}
-    lengths = (16,) if given.quick else (128, 512, 1024)
-    for seq in lengths:
-        tokens = 64 if given.quick else 2048
-        size = Size(num_layers=6, dim=256, num_heads=4, seq=seq, batch=tokens // seq)
-        if given.quick:
-            size = dataclasses.replace(size, num_layers=1, dim=32)
+    by_length, by_tokens = sizes(quick=given.quick)
+    for size in by_length:
         subject = Subject(size)
         watches = entropy_watches(subject.model, subject.optimizers["fused"])
-        raw[f"entropy, T={seq}"] = found = compare(subject, watches, rounds=rounds)
+        raw[f"entropy, T={size.seq}"] = found = compare(subject, watches, rounds=rounds)
         tables.append(table_of(f"Attention entropy of all heads: {size.show()}, causal", found))
-    for tokens in (32,) if given.quick else (512, 4096):
-        seq = 16 if given.quick else 256
-        size = Size(num_layers=12, dim=256, num_heads=4, seq=seq, batch=tokens // seq)
-        if given.quick:
-            size = dataclasses.replace(size, num_layers=1, dim=32)
+    for size in by_tokens:
         subject = Subject(size)
         watches = other_watches(subject.model, subject.optimizers["fused"])
         also = {"unwatched, torch's default AdamW": "default"}
-        few = max(2, rounds // (1 if tokens < 1000 else 3))
-        raw[f"all probes, {tokens} tokens"] = found = compare(subject, watches, rounds=few, also=also)
+        few = max(2, rounds // (1 if size.tokens < 1000 else 3))
+        raw[f"all probes, {size.tokens} tokens"] = found = compare(subject, watches, rounds=few, also=also)
         table = table_of(f"Every probe: {size.show()}", found)
         entropy, rest = found["attention_entropy"], found["all but attention entropy"]
         at_cadence = 1 + (entropy[0].median - 1) / 10 + (rest[0].median - 1) / 50
@@ -194,7 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         for title, found in raw.items()
     }
-    write("probes", tables, about=__doc__ or "", notes=NOTES, raw=numbers, options=given)
+    name = "probes" if device().type == "cpu" else f"probes_{device().type}"
+    write(name, tables, about=__doc__ or "", notes=NOTES, raw=numbers, options=given)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,19 @@
 Each variant has a model and a fused AdamW of its own and takes its turn in every round, in random order; ratios are taken
 inside the round. "At first" takes three power steps an update, as the first hundred updates do, the others one. "Beside" keeps
 stored weights and gammas beside the optimizer. With four micro-batches the tokens of a step come in four parts. Memory is that
-by which a fresh process grows for model, gradients, moments and three steps. Sigma's start is compared with the decomposition
-that the published layers start from.
+by which a fresh process, or its accelerator, grows for model, gradients, moments and three steps. Sigma's start is compared
+with the decomposition that the published layers start from. Where there is an accelerator, all is measured there.
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
-from measure import Quartiles, forget_peak, in_turns, quartiles, ratio, resident
-from subjects import Size, mean_loss, model_of, random_tokens
+from measure import Quartiles, device, in_turns, now, quartiles, ratio
+from measure import growth as growth_of
+from subjects import GPT2, Size, mean_loss, model_of, random_tokens
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim import AdamW
@@ -54,18 +54,18 @@ def _spectral_norm(model: nn.Module) -> None:
 
 def step_of(size: Size, patch: Patch, *, micro_batches: int, dtype: torch.dtype) -> Callable[[], object]:
     """One training step of a model of its own."""
-    model = model_of(size)
+    model = model_of(size).to(device())
     patched = patch(model)
     groups = [{"params": list(model.parameters())}]
     is_beside = isinstance(patched, SigmaBesideOptimizer)
     optimizer = AdamW(patched.groups(groups) if is_beside else groups, lr=1e-4, fused=True)
     if is_beside:
         patched.follow(optimizer)
-    tokens, targets = random_tokens(size)
+    tokens, targets = (one.to(device()) for one in random_tokens(size))
 
     def step() -> None:
         for some, answers in zip(tokens.chunk(micro_batches), targets.chunk(micro_batches), strict=True):
-            with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            with torch.autocast(device().type, dtype=dtype, enabled=dtype != torch.float32):
                 loss = mean_loss(model, some, answers)
             loss.backward()
         optimizer.step()
@@ -88,7 +88,7 @@ def compare(
 def addition(size: Size) -> Callable[[], object]:
     """Adds as many numbers as the patched weights have: 8 bytes read and 4 written for each."""
     count = sum(module.weight.numel() for module in model_of(size).modules() if isinstance(module, nn.Linear))
-    one, other, total = torch.ones(3, count).unbind()
+    one, other, total = torch.ones(3, count, device=device()).unbind()
     return lambda: torch.add(one, other, out=total)
 
 
@@ -96,12 +96,12 @@ def growth(name: str, size: Size, dtype: torch.dtype) -> float:
     """MiB that model, gradients, moments and three steps take at their peak; for a process that has done nothing before."""
     import torch._dynamo  # noqa: F401  every optimizer of torch imports it
 
-    forget_peak()
-    before = resident("VmRSS")
-    step = step_of(size, patches()[name], micro_batches=1, dtype=dtype)
-    for _ in range(3):
-        step()
-    return resident("VmHWM") - before
+    def train() -> None:
+        step = step_of(size, patches()[name], micro_batches=1, dtype=dtype)
+        for _ in range(3):
+            step()
+
+    return growth_of(train)
 
 
 def memory(size: Size, names: Sequence[str], *, rounds: int, dtype: torch.dtype) -> dict[str, Quartiles]:
@@ -117,26 +117,26 @@ def starts(width: int, *, rounds: int) -> dict[str, Quartiles | float]:
     generator = torch.Generator().manual_seed(0)
     ratios, errors = [], []
     for _ in range(rounds):
-        matrix = torch.randn(width, width, generator=generator)
-        begin = time.process_time()
+        matrix = torch.randn(width, width, generator=generator).to(device())
+        begin = now()
         left = leading_left(matrix)
         _, sigma = image_and_sigma(matrix, left)
-        middle = time.process_time()
+        middle = now()
         exact = torch.linalg.svd(matrix, full_matrices=False).S[0]
-        ratios.append((time.process_time() - middle) / (middle - begin))
+        ratios.append((now() - middle) / (middle - begin))
         errors.append(abs(1 - (sigma / exact).item()))
     return {"times faster": quartiles(ratios), "error": quartiles(errors).median}
 
 
 def tracking(size: Size, *, updates: int) -> Quartiles:
     """Relative error of sigma over all weights after so many updates with AdamW at 1e-3."""
-    model = model_of(size)
+    model = model_of(size).to(device())
     sigma_reparam(model)
     optimizer = AdamW(model.parameters(), lr=1e-3, fused=True)
     generator = torch.Generator().manual_seed(0)
     for _ in range(updates):
         start = torch.randint(size.vocab_size, (size.batch, 1), generator=generator)
-        tokens = (start + torch.arange(size.seq + 1) * 7) % size.vocab_size
+        tokens = ((start + torch.arange(size.seq + 1) * 7) % size.vocab_size).to(device())
         mean_loss(model, tokens[:, :-1], tokens[:, 1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -145,6 +145,16 @@ def tracking(size: Size, *, updates: int) -> Quartiles:
         for matrix, left in zip(one.parts.of(one.weight.detach()), one.parts.split(one.left), strict=True):
             errors.append(1 - (image_and_sigma(matrix, left)[1] / torch.linalg.matrix_norm(matrix, 2)).item())
     return quartiles(errors)
+
+
+def sizes(*, quick: bool) -> list[tuple[Size, int]]:
+    """What is trained, and in how many micro-batches."""
+    if quick:
+        return [(Size(num_layers=1, dim=32, num_heads=4, seq=16, batch=2), 1)]
+    if device().type != "cpu":
+        return [(GPT2, 1), (GPT2, 4)]
+    small = Size(num_layers=6, dim=256, num_heads=4, seq=128, batch=4)
+    return [(small, 1), (small, 4), (dataclasses.replace(small, batch=32), 1)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -158,14 +168,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     steps = Table("Time of a step over the plain one", ["tokens a step", *list(patches())[1:], FLOOR])
     names = list(patches())[:2] if given.quick else list(patches())
     peaks = Table("Peak memory over the plain model's", ["tokens a step", *names[1:]])
-    sizes = [(32, 1)] if given.quick else [(512, 1), (512, 4), (4096, 1)]
-    for tokens, parts in sizes:
-        size = Size(num_layers=6, dim=256, num_heads=4, seq=128, batch=tokens // 128)
-        if given.quick:
-            size = Size(num_layers=1, dim=32, num_heads=4, seq=16, batch=2)
-        few = max(2, rounds // (1 if tokens < 1000 else 3))
+    for size, parts in sizes(quick=given.quick):
+        few = max(2, rounds // (1 if size.tokens < 1000 else 3))
         for dtype in (torch.float32, torch.bfloat16) if given.bf16 else (torch.float32,):
-            title = f"{tokens}{f' in {parts} micro-batches' if parts > 1 else ''}, {str(dtype).removeprefix('torch.')}"
+            in_parts = f" in {parts} micro-batches" if parts > 1 else ""
+            title = f"{size.tokens}{in_parts}, {str(dtype).removeprefix('torch.')}"
             found = compare(size, rounds=few, micro_batches=parts, dtype=dtype)
             raw[title] = {name: dataclasses.asdict(ratio) for name, ratio in found.items()}
             steps.rows.append([title, *(ratio.show() for ratio in found.values())])
@@ -187,7 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raw[f"error after {updates}"] = dataclasses.asdict(error)
         percent = Quartiles(*(100 * value for value in dataclasses.astuple(error)))
         follow.rows.append([str(updates), percent.show()])
-    write("stabilizers", [steps, peaks, start, follow], about=__doc__ or "", notes=NOTES, raw=raw, options=given)
+    name = "stabilizers" if device().type == "cpu" else f"stabilizers_{device().type}"
+    write(name, [steps, peaks, start, follow], about=__doc__ or "", notes=NOTES, raw=raw, options=given)
 
 
 if __name__ == "__main__":
