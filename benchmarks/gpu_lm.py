@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import StepBegins, TrainingLoop, clock, interleaved, quartiles, ratio
-from subjects import Size, adamw, mean_loss, model_of, run_of
+from measure import StepBegins, TrainingLoop, clock, device, interleaved, quartiles, ratio
+from subjects import GPT2, Size, adamw, mean_loss, model_of, run_of
 from torch import Tensor, nn
 from write_up import Table, parser, write
 
@@ -31,13 +31,7 @@ from tameformer.training import CheckpointFolder, Engine, Listeners, Loop, StopR
 from tameformer.training.listeners import RecordListener, TensorBoardListener
 from tameformer.training.precision import PRECISIONS
 
-GPT2 = Size(num_layers=12, dim=768, num_heads=12, seq=1024, batch=0, vocab_size=50257)
 TOY = Size(num_layers=2, dim=64, num_heads=2, seq=32, batch=0, vocab_size=250)
-
-
-def device() -> torch.device:
-    """The accelerator, or the CPU."""
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")  # pyright: ignore
 
 
 def flops_per_token(size: Size, model: nn.Module) -> float:

@@ -62,7 +62,7 @@ class Size:
 TINY = Size(num_layers=1, dim=32, num_heads=2, seq=16, batch=4)
 CHARACTER = Size(num_layers=4, dim=128, num_heads=4, seq=64, batch=12)
 HUNDRED_MS = Size(num_layers=4, dim=128, num_heads=4, seq=128, batch=8)
-GPT2 = Size(num_layers=12, dim=768, num_heads=12, seq=1024, batch=32, vocab_size=50_304)
+GPT2 = Size(num_layers=12, dim=768, num_heads=12, seq=1024, batch=32, vocab_size=50_257)
 """On an accelerator."""
 MIDDLE = Size(num_layers=12, dim=256, num_heads=8, seq=256, batch=8)
 
