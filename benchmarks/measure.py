@@ -174,7 +174,7 @@ def in_turns(calls: Mapping[str, Callable[[], object]], *, rounds: int, seed: in
 
 def device() -> torch.device:
     """Where models are measured: the accelerator, where there is one."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def now() -> float:

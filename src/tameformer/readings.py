@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tameformer.tensors import pins
+
 
 class Readings:
     """The values of a step, by `diag/<probe>/<layer>[/<head>]`.
@@ -33,7 +35,7 @@ class Readings:
         if vector.device.type == "cpu":
             self._host = vector
             return
-        self._host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+        self._host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=pins(vector.device))
         self._host.copy_(vector, non_blocking=True)
         self._event = torch.Event(vector.device)
         self._event.record()

@@ -1,4 +1,4 @@
-"""The words that array shapes are written with, names for the shapes that recur, and what kind of tensor is whole here.
+"""The words that array shapes are written with, and names for the shapes that recur.
 
 Axis words: `batch seq query key heads kv_heads head_dim dim hidden vocab layers`; `query` and `key` where the two
 lengths may differ, else `seq`; `...` for any leading axes. A word with `#` may also be 1, which then broadcasts.
@@ -8,7 +8,7 @@ Layout is `batch heads seq head_dim` inside attention and `batch seq dim` outsid
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING or find_spec("jaxtyping") is not None:
     from jaxtyping import Bool, Float, Int, Int64, Integer
@@ -20,7 +20,7 @@ else:  # only the tests check shapes: a machine that has torch and no jaxtyping 
 
     Bool = Float = Int = Int64 = Integer = _Unchecked
 
-__all__ = ["Bool", "Float", "Images", "Int", "Int64", "Integer", "Mask", "Real", "Stream", "Tokens", "is_ordinary"]
+__all__ = ["Bool", "Float", "Images", "Int", "Int64", "Integer", "Mask", "Real", "Stream", "Tokens"]
 
 Stream = Float[Tensor, "batch seq dim"]
 """The residual stream."""
@@ -36,14 +36,3 @@ Mask = Bool[Tensor, "#batch #heads #query #key"]
 
 Images = Float[Tensor, "batch channels height width"]
 """Images, channels first."""
-
-
-def is_ordinary(tensor: Tensor) -> bool:
-    """Whether it is torch's own kind of tensor; of another kind, such as a sharded one, this process may hold a part only.
-
-    Example:
-        >>> import torch
-        >>> is_ordinary(torch.ones(2)), is_ordinary(nn.Parameter(torch.ones(2)))
-        (True, True)
-    """
-    return type(tensor) in (Tensor, nn.Parameter)

@@ -1,8 +1,9 @@
 """An accelerator that is not there: its tensors live on the processor, and it takes itself seriously.
 
-Tensors of different devices do not mix on it, and it knows who waits for it: who reads a number, copies to or from it without
-`non_blocking`, or selects by a mask, whose length nobody knows before. That is what a GPU punishes with an error or with
-milliseconds, so code that runs here, and waits nowhere, has its tensors where they belong. It says nothing of GPU kernels.
+Tensors of different devices do not mix on it, it has no float64, and it knows who waits for it: who reads a number, copies to
+or from it without `non_blocking`, or selects by a mask, whose length nobody knows before. That is what a GPU punishes with an
+error or with milliseconds, so code that runs here, and waits nowhere, has its tensors where they belong. It says nothing of
+GPU kernels.
 
 It changes the process that it is installed in for good (there is one third-party device per process): use a process of its own.
 """
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from tameformer import shapes
+from tameformer import tensors
 from tameformer.optim import clipping
 from tameformer.probes import gradients, spectral_norm, update_ratio
 
@@ -50,6 +51,8 @@ class SimulatedTensor(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "SimulatedTensor":
+        if inner.dtype in (torch.float64, torch.complex128):
+            raise TypeError(f"{DEVICE} has no {inner.dtype}, as Apple's accelerators have none")
         tensor = Tensor._make_wrapper_subclass(
             cls,
             inner.shape,
@@ -233,7 +236,7 @@ def install() -> None:
     PartialState.default_device = property(lambda self: torch.device(DEVICE))  # pyright: ignore
     pin: Callable[..., Tensor] = lambda self, *args: self  # noqa: E731
     Tensor.pin_memory = pin  # pyright: ignore
-    for module in (shapes, clipping, gradients, spectral_norm, update_ratio):
+    for module in (tensors, clipping, gradients, spectral_norm, update_ratio):
         module.is_ordinary = _is_ordinary
 
 

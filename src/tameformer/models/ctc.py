@@ -51,7 +51,7 @@ def ctc_beam_search(logits: Logits, outputs: Outputs, *, blank: int, num_beams: 
     """
     if num_beams < 1:
         raise ValueError(f"expected num_beams of at least 1, got {num_beams}; 1 keeps a single text")
-    steps = logits.double().log_softmax(-1).cpu().numpy()
+    steps = logits.cpu().double().log_softmax(-1).numpy()
     return [_search(row[:count], blank, num_beams) for row, count in zip(steps, outputs.tolist(), strict=True)]
 
 

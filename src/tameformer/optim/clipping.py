@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tameformer.shapes import is_ordinary
+from tameformer.tensors import is_ordinary
 
 Norms = Callable[[Sequence[nn.Parameter], Tensor], None]
 """Takes the parameters that have a gradient, and the norm of each gradient after clipping, (parameters,)."""

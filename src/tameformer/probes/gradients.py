@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from tameformer.patch import unwrapped
 from tameformer.probes.probe import Probe
-from tameformer.shapes import Float, Int, is_ordinary
+from tameformer.shapes import Float, Int
+from tameformer.tensors import is_ordinary
 
 
 def joint_norms(norms: Float[Tensor, " tensors"], members: Int[Tensor, "groups most"]) -> Float[Tensor, " groups"]:

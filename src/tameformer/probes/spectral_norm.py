@@ -17,7 +17,8 @@ from tameformer.nn.embedding import TokenEmbedding
 from tameformer.nn.positions import LearnedPositions
 from tameformer.patch import unwrapped
 from tameformer.probes.probe import Probe
-from tameformer.shapes import Float, is_ordinary
+from tameformer.shapes import Float
+from tameformer.tensors import is_ordinary
 
 Where = Callable[[nn.Module, nn.Parameter], bool]
 """Whether a parameter is meant, from the module that owns it and the parameter."""

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tameformer.probes.probe import Probe
 from tameformer.probes.spectral_norm import Where, is_matrix, part_labels, transparent, weight_slots
-from tameformer.shapes import Float, is_ordinary
+from tameformer.shapes import Float
+from tameformer.tensors import is_ordinary
 
 _RUNS = 32
 """Runs that the sampled entries lie in. Neighbours are cheap to read, but rows and columns are heads and units, which

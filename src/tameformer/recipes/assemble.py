@@ -23,6 +23,7 @@ from tameformer.recipes.config import RecipeConfig
 from tameformer.recipes.stabilize import PROFILE, apply_methods
 from tameformer.record import CHECKPOINTS
 from tameformer.stabilizers.shortcut_profile import Masks, real_tokens
+from tameformer.tensors import pins
 from tameformer.training import Run
 from tameformer.training.run import Evaluation
 from tameformer.training.step import Batch, Loss
@@ -104,12 +105,13 @@ def assemble(
     if profiled:
         kept[PROFILE] = profiled
     texts = {name: json.dumps(values, indent=1) + "\n" for name, values in kept.items()}
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     # Everything outside the layers is an embedding, a stem or an output head.
     updated_by = optimizers(model, config.optim, is_hidden=lambda name: ".layers." in name)
     return Run(
         model=model,
         loss=loss,
-        batches=partial(batches, num_workers=num_workers, pin_memory=torch.accelerator.is_available()),
+        batches=partial(batches, num_workers=num_workers, pin_memory=pins(accelerator)),
         plan=plan,
         optimizers=updated_by,
         schedule=rates,

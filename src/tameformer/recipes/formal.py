@@ -188,7 +188,7 @@ def judged(engine: Engine, model: nn.Module, source: StringSource, batch_size: i
         steps, real = steps_taken(model), real_positions(placed)
         taken = torch.zeros_like(total) if steps is None else (steps * real).sum(1) / real.sum(1)
         columns = (placed["lengths"], right, total, asked.any(-1).sum(1), taken)
-        rows += torch.stack([column.double() for column in columns], dim=1).tolist()
+        rows += torch.stack([column.float() for column in columns], dim=1).tolist()
     return np.array(engine.gather(rows))
 
 

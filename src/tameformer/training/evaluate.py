@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from tameformer.tensors import widest
 from tameformer.training.engine import Engine
 from tameformer.training.step import Batch
 
@@ -13,7 +14,7 @@ Measure = Callable[[nn.Module, Batch], Mapping[str, Tensor]]
 
 
 def mean_metrics(engine: Engine, model: nn.Module, batches: Iterable[Batch], measure: Measure) -> dict[str, float]:
-    """The mean per target of each metric; sums are kept in float64 on the device and read once.
+    """The mean per target of each metric; sums are kept on the device, in float64 where it has that, and read once.
 
     Args:
         engine: Device and processes.
@@ -28,13 +29,13 @@ def mean_metrics(engine: Engine, model: nn.Module, batches: Iterable[Batch], mea
     num_items = 0
     for batch in batches:
         for name, value in measure(model, engine.place(batch)).items():
-            value = value.double()
+            value = value.to(widest(value.device))
             totals[name] = totals[name] + value if name in totals else value
         num_items += batch["num_items"]
     names = sorted(set(engine.gather(list(totals))))
     if not names:
         raise ValueError("there is no held-out data to evaluate on; give some, or evaluate on fewer processes")
-    zero = torch.zeros((), dtype=torch.float64, device=engine.device)
+    zero = torch.zeros((), dtype=widest(engine.device), device=engine.device)
     sums = torch.stack([*(totals.get(name, zero) for name in names), zero + num_items])
     *values, count = engine.sum_tensor(sums).tolist()
     return {name: value / count for name, value in zip(names, values, strict=True)}

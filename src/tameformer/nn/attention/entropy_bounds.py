@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tameformer.shapes import Bool, Float, Int
+from tameformer.tensors import widest
 
 
 def entropy_lower_bound(
@@ -29,7 +30,7 @@ def entropy_lower_bound(
         num_keys: How many keys the row can see; 1 gives 0, less than 1 gives NaN.
 
     Returns:
-        The bound in the type of `spectral_norm`, float64 for a number; computed in float64.
+        The bound in the type of `spectral_norm`, float64 for a number; computed in float64 where the device has it.
 
     References:
         Zhai et al. 2023, arXiv:2303.06296, theorem 3.1.
@@ -39,8 +40,8 @@ def entropy_lower_bound(
         tensor([5.2832, 3.6716, 0.0949, 0.0000])
     """
     norm = torch.as_tensor(spectral_norm, dtype=None if isinstance(spectral_norm, Tensor) else torch.float64)
-    keys = torch.as_tensor(num_keys, device=norm.device).double()
-    norm, keys, dtype = norm.double(), keys, norm.dtype
+    wide, dtype = widest(norm.device), norm.dtype
+    norm, keys = norm.to(wide), torch.as_tensor(num_keys, dtype=wide, device=norm.device)
     reach = norm * (keys / (keys - 1)).sqrt()
     margin = (keys - 1).log() - reach
     bound = torch.logaddexp(margin, torch.zeros_like(margin)) + reach * margin.sigmoid()
