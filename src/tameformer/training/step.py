@@ -226,7 +226,8 @@ def update(
         a tensor, too, 1 or 0. For all others the two numbers are read, which is the one time that a step waits.
     """
     largest_loss, largest_norm = min(limits[0] * num_items, _LARGEST), min(limits[1], _LARGEST)
-    if grad_norm.device.type == "cpu" or not can_refuse_on_device(optimizers):
+    # Apple's fused kernels take the tensor and do not look at it.
+    if grad_norm.device.type in ("cpu", "mps") or not can_refuse_on_device(optimizers):
         # NaN is within no limits.
         taken = -_LARGEST <= float(loss_sum) <= largest_loss and float(grad_norm) <= largest_norm
         if taken:
