@@ -170,6 +170,16 @@ def test_exact_entropy_is_measured_where_there_is_no_fused_kernel_for_it(on_acce
     assert there == pytest.approx(here, abs=1e-5)
 
 
+def test_memory_that_runs_out_there_cuts_the_batch(data, tmp_path, on_accelerator):
+    values = settings("char-lm", data, tmp_path / "run")
+    whole, _ = on_accelerator(
+        trained, "char-lm", {**values, "model.dropout": 0.0, "output_dir": str(tmp_path / "whole")}
+    )
+    parts, _ = on_accelerator(trained, "char-lm", {**values, "model.dropout": 0.0}, "never", "oom@3")
+    assert parts["train/loss"] == pytest.approx(whole["train/loss"], rel=1e-5)
+    assert "out_of_memory" in {event["kind"] for event in RunReader(tmp_path / "run").events()}
+
+
 def test_what_is_left_on_the_processor_is_found(on_accelerator):
     with pytest.raises(RuntimeError, match=r"expected all tensors on simulated, got \(3,\) on the processor"):
         on_accelerator(mixed)

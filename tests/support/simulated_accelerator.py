@@ -220,6 +220,9 @@ class _Module:
     def synchronize(self, device: Any = None) -> None:
         _wait("synchronize")
 
+    def empty_cache(self) -> None:
+        """There is none."""
+
 
 def _is_ordinary(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter, SimulatedTensor)

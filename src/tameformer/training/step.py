@@ -103,7 +103,7 @@ def train_step(
         _zero_grad(optimizers)
         gc.collect()
         if engine.device.type != "cpu":
-            torch.accelerator.empty_cache()
+            torch.get_device_module(engine.device).empty_cache()
         if engine.world_size == 1:
             return None
         backward.join()
