@@ -17,6 +17,8 @@ from tameformer.health.verdicts import Verdict, number
 
 Kind = Literal["non_finite", "loss_spike", "gradient_spike"]
 Do = Literal["go_on", "roll_back", "stop"]
+_BY_HEART = 0.1
+"""Share of its largest median from which on a loss tells of data that have been learned by heart."""
 _ADVICE: Mapping[Kind, str] = {
     "non_finite": "Look at the data of this step, and try a lower optim.peak_lr or a longer warm-up.",
     "loss_spike": "Try a lower optim.peak_lr, a longer warm-up, QK-norm or sigmaReparam.",
@@ -118,7 +120,7 @@ class Policy:
     def __init__(self, config: GuardConfig | None = None) -> None:
         self.config = config or GuardConfig()
         threshold, size, least = self.config.spike_threshold, self.config.window, self.config.min_values
-        self._loss = SpikeWindow(threshold=threshold, size=size, min_values=least)
+        self._loss = SpikeWindow(threshold=threshold, size=size, min_values=least, by_heart=_BY_HEART)
         self._norm = SpikeWindow(threshold=threshold, size=size, min_values=least, ratio=self.config.grad_norm_ratio)
         self._skips: list[tuple[int, Kind]] = []
         self.rollbacks = 0
