@@ -77,6 +77,17 @@ def test_a_finished_run_shows_every_figure_number_and_text(tmp_path):
     assert len(html) < 150_000
 
 
+def test_shares_of_any_size_are_in_per_cent_on_a_linear_axis(tmp_path):
+    writer = RunWriter(tmp_path / "run")
+    for step, share in ((500, 0.004), (1000, 0.037), (2000, 0.366)):
+        writer.log(step, {"train/loss": 1.0, "eval/accuracy_longer": share, "eval/wer": 1.2 - share})
+    writer.close()
+    html = write_report(tmp_path / "run").read_text()
+    assert {"Evaluation accuracy, longer strings", "Evaluation WER"} < set(headings(html))
+    assert re.search(r"<text[^>]*>\d\d %</text>", html)
+    assert "Logarithmic axis." not in html
+
+
 def test_a_half_finished_run_says_so_and_names_the_collapsed_head(tmp_path):
     folder = write_run(tmp_path / "run", steps=230, ending=None, collapse=(2, 1, 120))
     html = write_report(folder).read_text()

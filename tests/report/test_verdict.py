@@ -89,7 +89,7 @@ def test_no_course_without_two_finite_losses():
         (
             "eval/accuracy_longer",
             (0.5, 0.25),
-            "Evaluation accuracy longer: 25.00 % at step 10; best 50.00 % at step 0.",
+            "Evaluation accuracy, longer strings: 25.00 % at step 10; best 50.00 % at step 0.",
         ),
         ("eval/wer", (1.25, 0.2662), "Evaluation WER: 26.62 % at step 10, its best."),
         ("eval/loss", (0.5, 0.2, 0.3), "Evaluation loss: 0.3 at step 20; best 0.2 at step 10."),

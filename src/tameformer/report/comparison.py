@@ -116,7 +116,7 @@ def _overlay(key: str, names: Sequence[str], runs: Sequence[Run], last: int) -> 
             few = {"marker": "o"} if key.startswith("eval/") and len(series) < 60 else {}
             lines.append(Line("", series, color, look, few))
     caption = "Thick: smoothed; faint: each record." if smoothing else ""
-    log = True if key == "train/grad_norm" else False if key == "train/lr" else None
+    log = True if key == "train/grad_norm" else False if percent or key == "train/lr" else None
     return line_chart(heading(key), lines, last_step=last, log=log, percent=percent, caption=caption)
 
 

@@ -139,7 +139,8 @@ def _metric_chart(run: Run, key: str) -> Chart:
     lines += evaluation_lines(run, key, BLUE)
     way = {"higher": "Higher is better.", "lower": "Lower is better.", None: ""}[direction(key)]
     percent = is_share(key, float(max(np.abs(run.log[key].finite.values), default=0.0)))
-    return line_chart(label(key), lines, last_step=run.last_step, percent=percent, caption=way)
+    log = False if percent else None
+    return line_chart(label(key), lines, last_step=run.last_step, log=log, percent=percent, caption=way)
 
 
 def evaluation_lines(run: Run, key: str, color: str) -> list[Line]:

@@ -6,7 +6,15 @@ from typing import Literal
 
 import numpy as np
 
-_NAMES = {"train/lr": "Learning rate", "train/grad_norm": "Gradient norm", "train/clip_rate": "Share of steps clipped"}
+_NAMES = {
+    "train/lr": "Learning rate",
+    "train/grad_norm": "Gradient norm",
+    "train/clip_rate": "Share of steps clipped",
+    "eval/steps": "Steps of a position",
+    "eval/steps_longer": "Steps of a position, longer strings",
+    "eval/loss_longer": "Evaluation loss, longer strings",
+    "eval/accuracy_longer": "Evaluation accuracy, longer strings",
+}
 _LOWER_IS_BETTER = re.compile(r"loss|perplexity|error|(^|_)(wer|cer|ppl|mae|mse|rmse)($|_)")
 _SHARE = re.compile(r"(^|[/_])(accuracy|wer|cer)($|_)")
 _ACRONYMS = re.compile(r"\b(bleu|wer|cer|f1|rmse|mse|mae)\b")
