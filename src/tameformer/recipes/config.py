@@ -75,6 +75,9 @@ class RecipeConfig:
     """Parts that each process cuts its share of a batch into, to save memory; the result is the same."""
     precision: Literal["auto", "fp32", "bf16", "bf16_fp32_attention"] = "auto"
     """Type of matrix products; `auto` times the first batch, and the run's config.yaml says what it chose."""
+    deterministic: bool = False
+    """Same seed, same bits on a GPU, too, with slower kernels where torch has them and an error where not; a processor needs
+    nothing."""
     overfit_batches: int | None = None
     """Train on this many batches only, over and over: a model that cannot learn them by heart has a bug."""
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -13,8 +13,9 @@ from tameformer.recipes.resume import check_drift, choose_folder, find_checkpoin
 from tameformer.record import CONFIG, ENVIRONMENT, LOG, RunReader, RunWriter, write_atomically
 from tameformer.training import CheckpointFolder, Engine, Listener, Listeners, Loop, Run, StopRequest
 from tameformer.training import checkpoint as checkpoints_on_disk
+from tameformer.training.deterministic import deterministic_kernels
 from tameformer.training.environment import environment
-from tameformer.training.faults import Faults, parse
+from tameformer.training.faults import Fault, Faults, parse
 from tameformer.training.listeners import RecordListener, TensorBoardListener
 from tameformer.training.watchdog import Watchdog
 
@@ -80,7 +81,17 @@ def launch(
     on_hang: Callable[[], object] = lambda: None,
 ) -> Result:
     """As `train`, for a configuration that is complete already; `on_hang` is called when no batch comes any more."""
-    planned = parse(inject)
+    with deterministic_kernels(recipe.config.deterministic):
+        return _launch(recipe, resume, listeners, parse(inject), on_hang)
+
+
+def _launch(
+    recipe: Recipe,
+    resume: str,
+    listeners: Sequence[Listener],
+    planned: Sequence[Fault],
+    on_hang: Callable[[], object],
+) -> Result:
     engine = Engine()
     folder = Path(engine.gather([str(choose_folder(recipe, resume)) if engine.is_main else None])[0])
     listener = Listeners(*(listeners if engine.is_main else ()))

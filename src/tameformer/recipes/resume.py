@@ -15,6 +15,7 @@ from tameformer.training import checkpoint as checkpoints_on_disk
 _HARMLESS = (
     "output_dir",
     "precision",
+    "deterministic",
     "probes.",
     "detectors.",
     "loop.logging_steps",
