@@ -95,11 +95,12 @@ class Diagnosis:
         for title, of_title in self.tables.items():
             columns = [quantity for quantity in GROUPS[title] if any(quantity in row.values for row in of_title)]
             table = Table(title=Text(title), title_justify="left", title_style="bold")
-            table.add_column("layer", overflow="fold", min_width=24)
+            longest = max(len(row.layer) for row in of_title)
+            table.add_column("layer", overflow="fold", min_width=min(longest, console.width // 3))
             if any(row.head is not None for row in of_title):
                 table.add_column("head", justify="right")
             for column in columns:
-                table.add_column(column.replace("attention_", "").replace("_", " "), justify="right")
+                table.add_column(column.replace("attention_", "").replace("_", "\n"), justify="right")
             for row in of_title[:rows]:
                 head = [] if len(table.columns) == len(columns) + 1 else ["" if row.head is None else str(row.head)]
                 cells = [_cell(row.values.get(column)) for column in columns]
