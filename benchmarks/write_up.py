@@ -126,6 +126,7 @@ def machine(threads: int) -> dict[str, Any]:
             continue
     script = Path(sys.argv[0])
     arguments = [f".../{Path(word).name}" if word.startswith("/") else word for word in sys.argv[1:]]
+    found["command"] = [script.name, *arguments]  # without the folders of one machine
     found["shell"] = shlex.join(["python", f"benchmarks/{script.name}", *arguments])
     found["threads"] = threads
     found["load"] = " ".join(f"{load:.1f}" for load in os.getloadavg())
