@@ -1,8 +1,8 @@
 """How widely each head spreads its attention, from a few query rows of a step (Zhai et al. 2023, arXiv:2303.06296, section 3).
 
 Each row is exact: its logits are computed from queries and keys, in float32, whatever kernel the model uses. Only the mean
-over rows is an estimate, and its standard error is measured with it. One sequence and 32 rows cost less than 1 % of a step
-from 128 tokens up; the numbers are in `benchmarks/results/probes.md`.
+over rows is an estimate, and its standard error is measured with it. 32 rows of one sequence are computed in less than 1 % of
+a step from 128 tokens up; what it costs to see the calls stands beside that in `benchmarks/results/probes.md`.
 """
 
 import math
