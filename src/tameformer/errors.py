@@ -33,6 +33,10 @@ class OutOfMemoryError(TameError):
     """Memory that runs out whatever the size of the micro-batches."""
 
 
+class DeterminismError(TameError):
+    """An operation that has no deterministic kernel, in a run that asked for nothing else."""
+
+
 class NonFiniteError(TameError):
     """A value that is NaN or infinite where the computation cannot go on without a finite one."""
 

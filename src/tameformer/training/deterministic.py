@@ -1,11 +1,17 @@
 """The same bits each time, also on a GPU."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from tameformer.errors import DeterminismError
+
+_NONE = re.compile(r"(\S+) does not have a deterministic implementation")
+"""How torch refuses; it has no error class of its own for it."""
 
 
 @contextmanager
@@ -19,7 +25,7 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
         wanted: Else nothing changes.
 
     Raises:
-        RuntimeError: From inside, by torch: an operation has no such kernel, and is named.
+        DeterminismError: From inside, where an operation has no such kernel; it is named.
 
     Example:
         >>> with deterministic_kernels(True):
@@ -39,6 +45,14 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
     memory.fill_uninitialized_memory = False  # a safeguard for code that reads what it never wrote
     try:
         yield
+    except RuntimeError as error:
+        refused = _NONE.search(str(error))
+        if refused is None:
+            raise
+        raise DeterminismError(
+            f"expected kernels that give the same bits each time, and torch has none for {refused[1]} on this device; drop "
+            "--deterministic, and the same seed gives the same run but for rounding"
+        ) from error
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory = filled
