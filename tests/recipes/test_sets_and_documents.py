@@ -64,21 +64,26 @@ def test_texts_are_cut_into_sentences_and_padded_on_both_axes():
     assert source.lengths.tolist() == [3, 3]
 
 
-def test_sets_are_learned_in_any_order(tmp_path, capsys):
-    result = tame.train(
-        "set", overrides={**SMALL, "max_steps": 60, "model.num_heads": 2, "output_dir": str(tmp_path / "run")}
-    )
-    assert result.metrics["eval/accuracy"] > 0.25
-    tame.export(tmp_path / "run", tmp_path / "out")
-    model = tame.load(tmp_path / "out")
-    batch = PointSets(digits("test"), 64).fetch(SampleKeys(0, 0, np.arange(4)))
+def assert_seen_in_any_order(folder, source, capsys):
+    """The run's model, exported and loaded again, answers alike for elements in another order; its heads are diagnosed."""
+    tame.export(folder / "run", folder / "out")
+    model = tame.load(folder / "out")
+    batch = source.fetch(SampleKeys(0, 0, np.arange(4)))
     order = torch.randperm(batch["elements"].shape[1], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         first = model(batch["elements"], real=batch["real"])
         second = model(batch["elements"][:, order], real=batch["real"][:, order])
     torch.testing.assert_close(first, second)
-    assert main(["diagnose", str(tmp_path / "run")]) == 0
+    assert main(["diagnose", str(folder / "run")]) == 0
     assert "Attention heads" in capsys.readouterr().out
+
+
+def test_sets_are_learned_in_any_order(tmp_path, capsys):
+    result = tame.train(
+        "set", overrides={**SMALL, "max_steps": 60, "model.num_heads": 2, "output_dir": str(tmp_path / "run")}
+    )
+    assert result.metrics["eval/accuracy"] > 0.25
+    assert_seen_in_any_order(tmp_path, PointSets(digits("test"), 64), capsys)
     values = {**SMALL, "max_steps": 4, "stabilize": ["sigma_reparam"], "output_dir": str(tmp_path / "stable")}
     assert np.isfinite(tame.train("set", overrides=values).metrics["eval/loss"])
     for changes, message in (
@@ -94,16 +99,7 @@ def test_sets_of_tokens_are_learned_in_any_order(tmp_path, capsys):
     values = {**SMALL, "max_steps": 60, "model.num_heads": 2, "model.elements": "tokens", "levels": 2}
     result = tame.train("set", overrides={**values, "output_dir": str(tmp_path / "run")})
     assert result.metrics["eval/accuracy"] > 0.25
-    tame.export(tmp_path / "run", tmp_path / "out")
-    model = tame.load(tmp_path / "out")
-    batch = TokenSets(digits("test"), 64, levels=2).fetch(SampleKeys(0, 0, np.arange(4)))
-    order = torch.randperm(batch["elements"].shape[1], generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        first = model(batch["elements"], real=batch["real"])
-        second = model(batch["elements"][:, order], real=batch["real"][:, order])
-    torch.testing.assert_close(first, second)
-    assert main(["diagnose", str(tmp_path / "run")]) == 0
-    assert "Attention heads" in capsys.readouterr().out
+    assert_seen_in_any_order(tmp_path, TokenSets(digits("test"), 64, levels=2), capsys)
 
 
 def test_documents_are_learned_and_their_attention_is_shown_and_escaped(tmp_path, capsys):
