@@ -6,6 +6,7 @@ from torch import nn
 
 from tameformer.errors import PatchError
 from tameformer.finetune import GradualUnfreezing, Place, freeze, layer_decay_groups, one_by_one, places
+from tameformer.finetune.layer_decay import scale_rates
 from tameformer.stabilizers import stabilize
 
 # Parts by prefix, from the first that fits; 3 is the embeddings of models with 2 layers.
@@ -55,6 +56,11 @@ def test_every_parameter_is_where_the_table_has_it_and_in_one_group(family, buil
     decays = {name: group["weight_decay"] for group in groups for name in group["param_names"]}
     assert all(decay == 0 for name, decay in decays.items() if "norm" in name.lower() or name.endswith("bias"))
     assert 0.1 in decays.values()
+
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=8.0)
+    scale_rates(model, [optimizer], 0.5)
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert rates == {name: group["lr"] for group in groups for name in group["param_names"]}
 
 
 def test_lists_side_by_side_in_one_module_run_one_after_the_other():
