@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from tameformer.errors import PatchError
-from tameformer.finetune import GradualUnfreezing, Place, freeze, layer_decay_groups, one_by_one, places
-from tameformer.finetune.layer_decay import scale_rates
+from tameformer.finetune import GradualUnfreezing, Place, freeze, layer_decay_groups, one_by_one, places, scale_rates
 from tameformer.stabilizers import stabilize
 
 # Parts by prefix, from the first that fits; 3 is the embeddings of models with 2 layers.
