@@ -1,4 +1,4 @@
-"""Attention entropy of every query of every sequence, exactly, for one more attention forward a layer.
+"""Attention entropy of every query of every sequence, exactly, for one more attention forward a layer; on a CPU two thirds.
 
 For those who want no estimate: `AttentionEntropy` costs a tenth of it. Not in the default set.
 """

@@ -98,12 +98,25 @@ def call(kind, largest, seed=0):
     return query, key, options
 
 
+@pytest.fixture
+def fused_everywhere(monkeypatch):
+    """The fused way is an accelerator's; a CPU has a kernel to test it with."""
+    monkeypatch.setattr(module, "_FUSED_DEVICES", ("cpu", "cuda"))
+
+
+@pytest.fixture(params=["as on a CPU", "as on an accelerator"])
+def both_devices(request):
+    if request.param == "as on an accelerator":
+        request.getfixturevalue("fused_everywhere")
+
+
 def error(entropy, expected):
     """The largest difference; the same rows must be NaN."""
     assert torch.equal(entropy.isnan(), expected.isnan())
     return (entropy.double() - expected).nan_to_num().abs().max().item()
 
 
+@pytest.mark.usefixtures("both_devices")
 @pytest.mark.parametrize("kind", KINDS)
 def test_agrees_with_a_float64_loop(kind):
     for largest in (0.5, 7.0, 50.0):
@@ -123,6 +136,7 @@ def test_bf16_inputs_cost_nothing_but_their_own_rounding(kind):
     assert error(entropy, reference(query, key, **options)) <= 1e-4
 
 
+@pytest.mark.usefixtures("both_devices")
 @pytest.mark.parametrize("kind", ["none", "causal+padding", "alibi", "grouped"])
 def test_logits_of_340(kind):
     query, key, options = call(kind, 340.0)
@@ -131,6 +145,7 @@ def test_logits_of_340(kind):
     assert (entropy >= 0).all()
 
 
+@pytest.mark.usefixtures("both_devices")
 @pytest.mark.parametrize("kind", ["none", "causal", "padding", "additive full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_collapsed_attention(kind, dtype):
@@ -148,6 +163,7 @@ def test_collapsed_attention(kind, dtype):
     assert (entropy >= 0).all()
 
 
+@pytest.mark.usefixtures("both_devices")
 @pytest.mark.parametrize("kind", ["none", "causal", "padding", "per row", "relative"])
 @pytest.mark.parametrize("offset", [10.0, 300.0])
 def test_a_common_mode_of_the_keys_costs_no_accuracy(kind, offset):
@@ -181,6 +197,7 @@ class Operators(TorchDispatchMode):
         return result
 
 
+@pytest.mark.usefixtures("fused_everywhere")
 @pytest.mark.parametrize(("largest", "fused"), [(1.0, True), (50.0, False)])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_memory_stays_far_below_a_matrix_of_weights(largest, fused, is_causal):
@@ -202,6 +219,7 @@ def test_the_size_of_a_block_changes_nothing(kind, budget, monkeypatch):
     torch.testing.assert_close(attention_entropy(query, key, **options), whole, rtol=0, atol=6e-6, equal_nan=True)
 
 
+@pytest.mark.usefixtures("both_devices")
 @pytest.mark.parametrize("largest", [1.0, 40.0])
 def test_one_visible_key_gives_zero_and_none_gives_nan(largest):
     query, key, _ = call("none", largest)
@@ -214,6 +232,7 @@ def test_one_visible_key_gives_zero_and_none_gives_nan(largest):
     assert (attention_entropy(query, key, is_causal=True)[:, :, 0] == 0).all()
 
 
+@pytest.mark.usefixtures("both_devices")
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("kind", ["causal", "alibi+causal+padding", "soft-cap+causal+padding"])
 def test_a_value_that_is_not_finite_marks_the_rows_that_see_it_and_no_other(kind, bad):
@@ -233,6 +252,7 @@ def test_a_value_that_is_not_finite_marks_the_rows_that_see_it_and_no_other(kind
     torch.testing.assert_close(entropy, clean, rtol=0, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.usefixtures("both_devices")
 @pytest.mark.parametrize("largest", [2.0, 40.0])
 def test_garbage_in_hidden_keys_is_not_seen(largest):
     query, key, options = call("padding", largest)
@@ -284,6 +304,7 @@ def _precision_put_back():
     torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.usefixtures("both_devices")
 @pytest.mark.parametrize("setting", [leave, set_everywhere, set_for_cuda, set_for_all_backends])
 @pytest.mark.usefixtures("_precision_put_back")
 def test_float32_inside_whatever_is_set_outside_and_settings_are_put_back(setting):
@@ -311,6 +332,7 @@ def test_float32_inside_whatever_is_set_outside_and_settings_are_put_back(settin
     assert precisions() == before
 
 
+@pytest.mark.usefixtures("both_devices")
 def test_float64_stays_float64_and_no_input_is_changed():
     query, key, options = call("relative", 20.0)
     query, key = query.double().requires_grad_(), key.double()
@@ -334,6 +356,7 @@ def test_permuting_the_keys_changes_nothing():
     torch.testing.assert_close(shuffled, attention_entropy(query, key, **options), rtol=0, atol=4e-6)
 
 
+@pytest.mark.usefixtures("both_devices")
 def test_no_keys_and_no_queries():
     assert attention_entropy(torch.ones(2, 2, 3, 4), torch.ones(2, 2, 0, 4)).isnan().all()
     assert attention_entropy(torch.ones(2, 2, 0, 4), torch.ones(2, 2, 3, 4)).shape == (2, 2, 0)
@@ -372,6 +395,13 @@ def test_a_step_that_cannot_work_is_refused(step):
         entropy_by_difference(lambda tau: torch.zeros(1), step=step)
 
 
+def test_a_cpu_does_without_the_fused_way():
+    with Operators() as ran:
+        attention_entropy(torch.zeros(1, 1, 8, 4), torch.ones(1, 1, 8, 4))
+    assert "_scaled_dot_product_flash_attention_for_cpu" not in ran.names
+
+
+@pytest.mark.usefixtures("fused_everywhere")
 def test_the_fused_way_is_taken_only_where_it_is_exact():
     # One direction for all: the sum over p s is as large as it can be, where the fused call errs most.
     for seed, reach in itertools.product(range(4), (7.0, 12.0, 16.0)):

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from tameformer.nn.attention.entropy_blocks import HIDDEN_BIAS, entropy_by_blocks
-from tameformer.nn.attention.logsumexp import FUSED_DEVICES, sized_entropy_from_logsumexp
+from tameformer.nn.attention.logsumexp import sized_entropy_from_logsumexp
 from tameformer.shapes import Bool, Float, Int
 
+_FUSED_DEVICES = ("cuda",)  # a CPU has the kernel, too, and is done with blocks in two thirds of its time
 _REACH_LIMIT = 16.0  # scale |q| |k| up to which a fused call is tried ...
 _SIZE_LIMIT = 8.0  # ... and the size of its terms up to which its float32 error stays below 1e-5 nats, with room
 
@@ -33,9 +34,9 @@ def attention_entropy(
     not finite. Never negative. Computed in float32 (float64 for float64 inputs), also under autocast and whatever the
     precision of matrix products is set to; the result has that type and no gradient. Dropout plays no part.
 
-    Keys have their mean taken off, which softmax does not see. Small logits take one fused attention call; large ones,
-    a `bias` or a `score_mod` are computed from blocks of rows in about a mebibyte on a CPU. Largest errors in nats seen
-    against float64: 6e-6 at logits of 50, in every kind of mask, 2e-5 at 340. The choice waits for the device;
+    Keys have their mean taken off, which softmax does not see. Scores are computed in blocks of rows, on a CPU in about a
+    mebibyte; small logits on an accelerator, without a `bias` or a `score_mod`, take one fused attention call. Largest errors
+    in nats seen against float64: 6e-6 at logits of 50, in every kind of mask, 2e-5 at 340. The choice waits for the device;
     `entropy_from_logsumexp` does not.
 
     Args:
@@ -71,7 +72,7 @@ def attention_entropy(
             key = centred_keys(key, _used_keys(visible, bias))
         by_key_only = visible is None or visible.shape[2] == 1
         linear = bias is None and score_mod is None
-        if linear and by_key_only and query.device.type in FUSED_DEVICES and _within(query, key, factor):
+        if linear and by_key_only and query.device.type in _FUSED_DEVICES and _within(query, key, factor):
             entropy, size = sized_entropy_from_logsumexp(
                 query, key, visible_keys=visible, is_causal=is_causal, scale=factor
             )

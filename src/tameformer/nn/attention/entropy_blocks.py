@@ -18,6 +18,7 @@ HIDDEN_BIAS = torch.finfo(torch.float16).min
 _FLOOR = -1e30  # the score of a hidden key: finite, since 0 * inf would be NaN in the sum
 _BLOCK_SCORES = {"cuda": 1 << 24}  # elsewhere two buffers of this many float32 should fit the cache of one core
 _CPU_BLOCK_SCORES = 1 << 17
+_CAUSAL_ROWS = 128  # more rows of one block waste more of its corner; fewer make matrix products that run slower
 
 
 def entropy_by_blocks(
@@ -53,11 +54,16 @@ def entropy_by_blocks(
         entropy = query.new_full((batch, kv_heads, group, length), torch.nan)
         if entropy.numel() == 0 or keys == 0:
             return entropy.flatten(1, 2)
-        query = (query * scale).unflatten(1, (kv_heads, group))
-        key = key.contiguous()
+        query = query.unflatten(1, (kv_heads, group))
         visible, bias = _grouped(visible, kv_heads), _grouped(bias, kv_heads)
-        steps = _block_steps(query, keys)
+        masked = visible is not None or bias is not None
+        steps = _block_steps(query, keys, is_causal)
         scores_memory, weights_memory = query.new_empty(2, steps[0] * steps[1] * steps[2] * group * keys)
+        later = (
+            torch.ones(steps[2], min(steps[2], keys), dtype=torch.bool, device=query.device).triu(1)
+            if is_causal
+            else None
+        )
         for entries, of_heads, rows in _blocks((batch, kv_heads, length), steps):
             where = (entries, of_heads, slice(None), rows)
             seen = min(rows.stop, keys) if is_causal else keys
@@ -66,7 +72,7 @@ def entropy_by_blocks(
             flat_keys = key[entries, of_heads, :seen].flatten(0, 1)
             flat_queries = queries.reshape(len(flat_keys), -1, queries.shape[-1])
             scores = _view(scores_memory, (*flat_queries.shape[:-1], seen))
-            scores = torch.bmm(flat_queries, flat_keys.mT, out=scores).view(shape)
+            scores = scores.baddbmm_(flat_queries, flat_keys.mT, beta=0, alpha=scale).view(shape)
             block_bias = None if bias is None else _cut(bias, where, seen)
             if block_bias is not None:
                 scores += block_bias
@@ -76,21 +82,20 @@ def entropy_by_blocks(
                 scores.masked_fill_(~_cut(visible, where, seen), _FLOOR)
             if block_bias is not None:
                 scores.masked_fill_(block_bias <= HIDDEN_BIAS, _FLOOR)
-            if is_causal and rows.start < seen:
-                later = torch.ones(shape[3], seen - rows.start, dtype=torch.bool, device=query.device).triu(1)
-                scores[..., rows.start :].masked_fill_(later, _FLOOR)
-            entropy[where] = _row_entropy(scores, _view(weights_memory, shape))
+            if later is not None and rows.start < seen:
+                scores[..., rows.start :].masked_fill_(later[: shape[3], : seen - rows.start], _FLOOR)
+            entropy[where] = _row_entropy(scores, _view(weights_memory, shape), may_be_hidden=masked)
         return entropy.flatten(1, 2)
 
 
-def _row_entropy(scores: Tensor, weights: Tensor) -> Tensor:
+def _row_entropy(scores: Tensor, weights: Tensor, *, may_be_hidden: bool) -> Tensor:
     """Entropy over the last axis; overwrites both: `scores` are read, `weights` is memory of the same shape."""
     top = scores.amax(-1, keepdim=True)
     scores -= top
     torch.softmax(scores, -1, out=weights)
     log_largest = weights.amax(-1).log_()  # the largest weight is 1 / Z
     entropy = 0.0 - (log_largest + weights.mul_(scores).sum(-1))  # 0 - x, for -x of 0 is -0
-    return entropy.masked_fill_(top.squeeze(-1) <= _FLOOR, torch.nan)
+    return entropy.masked_fill_(top.squeeze(-1) <= _FLOOR, torch.nan) if may_be_hidden else entropy
 
 
 def _modified(scores: Tensor, score_mod: Callable[[Tensor], Tensor]) -> Tensor:
@@ -105,11 +110,13 @@ def _modified(scores: Tensor, score_mod: Callable[[Tensor], Tensor]) -> Tensor:
     return poison.add_(modified)
 
 
-def _block_steps(query: Tensor, keys: int) -> tuple[int, int, int]:
+def _block_steps(query: Tensor, keys: int, is_causal: bool) -> tuple[int, int, int]:
     """How many batch entries, key heads and rows a block holds; more than one of an axis only if all of the next fit."""
     batch, kv_heads, group, length, _ = query.shape
     budget = _BLOCK_SCORES.get(query.device.type, _CPU_BLOCK_SCORES)
     rows = min(length, max(1, budget // (group * keys)))
+    if is_causal and query.device.type == "cpu":
+        rows = min(rows, _CAUSAL_ROWS)
     of_heads = min(kv_heads, max(1, budget // (group * length * keys)))
     entries = min(batch, max(1, budget // (kv_heads * group * length * keys)))
     return entries, of_heads, rows
