@@ -62,6 +62,13 @@ def test_order_and_composition_are_functions_of_seed_and_epoch():
     assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.3  # short and long batches take turns
 
 
+def test_the_same_batches_come_in_another_order_in_each_epoch():
+    plan = TokenBuckets(LENGTHS, 600, seed=0, noise=0.0)
+    first, second = ([sorted(batch.indices.tolist()) for batch in epoch_of(plan, epoch)] for epoch in (0, 1))
+    assert sorted(first) == sorted(second)
+    assert first != second
+
+
 def test_steps_are_found_across_epochs_of_different_size():
     plan = TokenBuckets(LENGTHS, 400, seed=0, noise=9.0)
     counts = [plan.steps_in_epoch(epoch) for epoch in range(12)]

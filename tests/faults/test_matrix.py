@@ -96,6 +96,7 @@ def test_a_bad_batch_is_skipped(clean, tmp_path, kind, step):
     if told:
         counts = {float(value) for key, value in files["optimizer"].items() if key.endswith("/step")}
         assert counts == {STEPS - 1}  # the bias correction did not advance
+        assert files["average"]["n_averaged"] == STEPS - 1  # nor did the moving average take the same weights twice
         assert next(line for line in lines_of(tmp_path) if line["step"] == step)["train/skipped"] == 1
     losses = [RunReader(folder).log()[-1]["eval/loss"] for folder in (clean, tmp_path)]
     assert abs(losses[0] - losses[1]) < 0.1

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tameformer.data import SampleKeys
+from tameformer.recipes.catalogue import resolve
 from tameformer.recipes.vision import VisionDataConfig, sources
 
 
@@ -37,3 +38,19 @@ def test_a_shift_of_no_pixels_is_refused():
         ValueError, match=r"data\.shift_pixels must be at least 1, got 0; leave shift out of data\.augment"
     ):
         VisionDataConfig(augment=("shift",), shift_pixels=0)
+
+
+@pytest.mark.parametrize("key", ["data.mixup_alpha", "data.cutmix_alpha"])
+def test_mixing_reaches_the_batches_of_training(key, tmp_path):
+    found = resolve("vit-digits", {key: 1.0, "max_steps": 1, "optim.warmup_steps": 0})
+    run, plain = (
+        resolve("vit-digits").build(config, tmp_path) for config in (found.config, resolve("vit-digits").config)
+    )
+    (mixed,), (batch,) = (next(iter(one.batches(start=0, stop=1, rank=0, world_size=1))) for one in (run, plain))
+    labels = mixed["labels"]
+    assert ((labels > 0).sum(1) > 1).float().mean() > 0.5  # of two digits, unless both are the same
+    np.testing.assert_allclose(labels.sum(1), 1.0, rtol=1e-6)
+    kept = (
+        (mixed["images"] == batch["images"]).float().mean()
+    )  # CutMix leaves most pixels, mixup none but the black ones
+    assert (kept > 0.5) == (key == "data.cutmix_alpha")
