@@ -125,6 +125,10 @@ def test_buckets_hold_every_sample_once_and_pad_less():
         epochs.append(batches)
     assert epochs[0][0].tolist() != epochs[1][0].tolist()
     assert plan.batch(30).indices.tolist() == epochs[1][5].tolist()
+    sorted_whole = LengthBuckets(np.arange(200), 8, seed=3, pool=25)
+    first, second = ([int(sorted_whole.batch(step).indices[0]) for step in range(at, at + 25)] for at in (0, 25))
+    assert sorted(first) == sorted(second)  # the same batches in either epoch,
+    assert first != second  # in another order
     shuffled = LengthBuckets(lengths, 8, seed=3, pool=1)
     padding = [
         sum(int(lengths[b].max()) * 8 - int(lengths[b].sum()) for b in (one.batch(step).indices for step in range(25)))

@@ -125,6 +125,16 @@ def test_best_checkpoint_and_early_stopping(tmp_path):
     assert f"eval/loss was best at step {int(best.removeprefix('step-'))}" in finish["message"]
 
 
+@pytest.mark.parametrize(("keep_last", "gone"), [(1, 14), (5, 4)])
+def test_as_many_of_the_newest_checkpoints_stay_as_were_asked_for(keep_last, gone, tmp_path):
+    values = {"max_steps": 16, "model.dim": 16, "model.num_layers": 1, "optim.warmup_steps": 1, "loop.eval_steps": 16}
+    more = {"checkpoint.every": 2, "checkpoint.keep_last": keep_last, "output_dir": str(tmp_path)}
+    train("vit-digits", overrides={**values, **more})
+    steps = CheckpointFolder(tmp_path).steps()
+    assert steps[-keep_last:] == list(range(18 - 2 * keep_last, 18, 2))
+    assert gone not in steps
+
+
 def test_an_unknown_best_metric_names_those_there_are(tmp_path):
     with pytest.raises(
         Exception, match=r"checkpoint\.best_metric is eval/acc, which is not measured; choose one of eval/acc"
