@@ -42,6 +42,13 @@ class AttentionCall:
     num_queries: int = 0
     """How many queries there are, those without an edge included; read with groups only."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where it was computed."""
+        tensor = self.query if self.query is not None else self.logits
+        assert tensor is not None
+        return tensor.device
+
 
 Reader = Callable[[str, int | None, tuple[Any, ...], Mapping[str, Any]], AttentionCall | None]
 """From layer, number of sequences, and a function's arguments to the call; None when it is no attention."""

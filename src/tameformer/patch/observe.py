@@ -2,7 +2,7 @@
 
 Between steps nothing is on the model. While a step is observed its root carries two hooks; only while the first forward
 pass of that step runs, modules carry hooks that tell who is running, and a `TorchFunctionMode` sees the calls of attention,
-the sums of the residual stream and the activations.
+the sums of the residual stream and the activations. Where attention alone is wanted, the modules that call it are enough.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from tameformer.patch.forward_pass import ForwardPass
+from tameformer.patch.attention_pass import AttentionPass
+from tameformer.patch.forward_pass import ForwardPass, wanted
 from tameformer.patch.observer import Observer
 from tameformer.patch.places import Places
+from tameformer.patch.sites import Sites
 from tameformer.patch.unwrapped import uncompiled, unwrapped
 
 
@@ -47,8 +49,9 @@ class Observation:
         self.seen_a_pass = False
         """Whether the present or last step had a forward pass that counts."""
         self._places = Places(self.model)
+        self._sites = Sites(self._places)
         self._looked_at_attention = False
-        self._pass: ForwardPass | None = None
+        self._pass: ForwardPass | AttentionPass | None = None
         self._told = self.observers
         self._undo = ExitStack()
 
@@ -125,9 +128,22 @@ class Observation:
     def _begin_pass(self, module: nn.Module, args: Any) -> None:
         if self._pass is None and not self.seen_a_pass and self.counts():
             self.seen_a_pass = True
-            self._pass = ForwardPass(self._places, self._told, self._tell, sequences=self.sequences)
+            self._pass = self._new_pass()
             self._pass.begin()
             self._looked_at_attention |= self._pass.looks_at_attention
+
+    def _new_pass(self) -> ForwardPass | AttentionPass:
+        # Without gradients torch's layers have ways past their parts that only a look at the whole closes.
+        attention_alone = wanted(self._told) == {"on_attention"} and torch.is_grad_enabled()
+        if attention_alone and self._sites.suffice:
+            return AttentionPass(self._sites, self._tell, sequences=self.sequences)
+        return ForwardPass(
+            self._places,
+            self._told,
+            self._tell,
+            sequences=self.sequences,
+            sites=self._sites if attention_alone else None,
+        )
 
     def _after_pass(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._pass is not None:

@@ -1,7 +1,10 @@
 """Who is told what happens inside a model's step."""
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tameformer.patch.attention_calls import AttentionCall
@@ -39,3 +42,12 @@ class Observer:
 
     def on_update(self) -> None:
         """The optimizer's step is done."""
+
+
+def tell_apart(tell: Callable[..., None], device: torch.device, event: str, *args: Any) -> None:
+    """Tell of an event on this device inside a pass: without autocast, and so that no mode looks at what observers compute."""
+    with ExitStack() as inside:
+        inside.enter_context(torch._C.DisableTorchFunction())
+        if torch.is_autocast_enabled(device.type):
+            inside.enter_context(torch.autocast(device.type, enabled=False))
+        tell(event, *args)

@@ -1,6 +1,6 @@
 """Where in a model there is something to see, and under which name."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from torch import nn
@@ -16,6 +16,8 @@ class Place(NamedTuple):
     """Its name where it is one of the model's layers."""
     label: str | None
     """The name under which it runs; None for one without parameters, which runs under that of its caller."""
+    caller: str | None = None
+    """The name of the innermost module with parameters around it; None where it stands in several places."""
 
 
 class Places:
@@ -27,11 +29,20 @@ class Places:
 
     def __init__(self, model: nn.Module) -> None:
         self._names = {module: name for name, module in model.named_modules()}
+        self.root = Place(model, None, "")
         layers = {module: name for name, module in blocks(model).items()}
         self.seq_first = {name for module, name in layers.items() if _is_seq_first(module)}
         """The layers that work on (seq, batch, dim)."""
+        labels = {
+            module: name if module in layers or _has_parameters(module) else None
+            for module, name in self._names.items()
+        }
+        labelled = set(labels.values())
+        callers: dict[nn.Module, str | None] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            callers[module] = None if module in callers else _around(name, labelled)
         self.watched = [
-            Place(module, layers.get(module), name if module in layers or _has_parameters(module) else None)
+            Place(module, layers.get(module), labels[module], callers[module])
             for module, name in self._names.items()
             if name and _may_call(module)
         ]
@@ -56,6 +67,15 @@ class Places:
 
 def _has_parameters(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
+
+
+def _around(name: str, labelled: Collection[str | None]) -> str:
+    """The innermost of these names around a module's."""
+    while name:
+        name = name.rpartition(".")[0]
+        if name in labelled:
+            return name
+    return ""
 
 
 def _may_call(module: nn.Module) -> bool:
