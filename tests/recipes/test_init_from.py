@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tameformer as tame
-from tameformer.errors import ConfigError
+from tameformer.errors import ConfigError, DataError
 from tameformer.recipes import catalogue
 from tameformer.recipes.config import ProbesConfig
 from tameformer.recipes.exported import load
@@ -97,7 +97,7 @@ def test_the_keys_of_finetune_are_those_of_texts(pretrained, tmp_path):
 def test_what_does_not_fit_is_refused_and_named(pretrained, tmp_path):
     with pytest.raises(ConfigError, match=r"num_heads is 2 there and 4 here.*give --model.num_heads 2"):
         fresh(tmp_path, init_from=str(pretrained), **{"model.num_heads": 4})
-    with pytest.raises(ConfigError, match="no folder"):
+    with pytest.raises(DataError, match=r"nowhere is neither a folder nor a name on the hub"):
         fresh(tmp_path, init_from=str(tmp_path / "nowhere"))
     kept = tmp_path / "kept"
     tame.train("vit-digits", overrides={**SMALL, "max_steps": 1, "stabilize": ["qk_norm"], "output_dir": str(kept)})

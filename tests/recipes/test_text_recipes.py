@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import fields
 from pathlib import Path
@@ -108,10 +109,13 @@ class Interrupt(Listener):
 
 
 def test_with_everything_on_it_learns_resumes_to_the_bit_and_is_exported(data, pretrained, tmp_path):
-    values = classifier(data, tmp_path / "straight", init_from=str(pretrained), **EVERYTHING)
+    first = tmp_path / "first"
+    shutil.copytree(pretrained, first)
+    values = classifier(data, tmp_path / "straight", init_from=str(first), **EVERYTHING)
     train("text-classification", overrides=values)
     again = {**values, "output_dir": str(tmp_path / "stopped")}
     assert train("text-classification", overrides=again, listeners=[Interrupt()]).exit_code == 143
+    shutil.rmtree(first)  # a run that goes on does not need it
     assert train("text-classification", overrides=again, resume="auto").finished
     hashes = [
         json.loads((CheckpointFolder(tmp_path / name).path(20) / "manifest.json").read_text())["files"]

@@ -1,6 +1,6 @@
 """Models of Hugging Face in run folders: kept as the library's own files, and written out as a folder that the library loads.
 
-    RUN/  hugging_face/  config.json  tokenizer.json  tokenizer_config.json  ...
+    RUN/  hugging_face/  config.json  tokenizer.json  tokenizer_config.json  ...  [preprocessor_config.json]
 
 The weights are in the run's checkpoints. A resumed run and an export read these files and nothing of where the run began.
 """
@@ -19,17 +19,18 @@ from tameformer.errors import CheckpointError, missing_extra
 from tameformer.training.checkpoint import model_tensors
 
 FOLDER = "hugging_face"
-"""In the run folder: what the library says of the model and of its tokenizer."""
+"""In the run folder: what the library says of the model, and of its tokenizer or its images."""
 _CONFIG = "config.json"
 
 
-def describe(model: nn.Module, tokenizer: Any) -> dict[str, str]:
-    """Text files for a run folder, from which `empty_model` builds the model, and the library the tokenizer."""
+def describe(model: nn.Module, tokenizer: Any = None) -> dict[str, str]:
+    """Text files for a run folder, from which `empty_model` builds the model, and the library the tokenizer if there is one."""
     known: Any = model
     known.config.architectures = [type(model).__name__]
     with tempfile.TemporaryDirectory() as name:
         known.config.save_pretrained(name)
-        tokenizer.save_pretrained(name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(name)
         return {f"{FOLDER}/{file.name}": file.read_text(encoding="utf-8") for file in sorted(Path(name).iterdir())}
 
 

@@ -33,6 +33,8 @@ _OURS: dict[str, tuple[str, type]] = {
     "text-classification": ("text_classifier", TextClassifierConfig),
     "image-classification": ("vision_classifier", VisionConfig),
 }
+PREPROCESSOR = "preprocessor_config.json"
+"""Where the library says how images become the input of a model."""
 _POSITIONS = ("position_embeddings", "wpe")
 """What tables of positions are called, in the families that have one."""
 _OUR_HEADS = ("head.", "pooling.")
@@ -92,6 +94,11 @@ def is_ours(path_or_name: str | Path) -> bool:
         return "format" in json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False
+
+
+def is_of_library(path_or_name: str | None, folder: Path, *, starts: bool) -> bool:
+    """Whether the model of the run in `folder` is one of Hugging Face; a run that goes on does not look where it began."""
+    return path_or_name is not None and (not is_ours(path_or_name) if starts else is_kept(folder))
 
 
 def run_folder(path_or_name: str | Path) -> Path:
@@ -202,6 +209,25 @@ def load_tokenizer(name: str) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_preprocessing(name: str) -> dict[str, Any] | None:
+    """What a Hugging Face folder or name, or a run that began from one, says of its images; None where it says nothing.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    if is_kept(run_folder(name)):
+        name = str(run_folder(name) / FOLDER)
+    found = library().utils.cached_file(
+        name, PREPROCESSOR, local_files_only=reachable(name), _raise_exceptions_for_missing_entries=False
+    )
+    if found is None:
+        return None
+    try:
+        return dict(json.loads(Path(found).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{name}: {PREPROCESSOR} cannot be read: {error}; copy or download it again") from error
 
 
 def check_tokens(

@@ -35,7 +35,7 @@ from tameformer.recipes.curriculum import CurriculumConfig, with_curriculum
 from tameformer.recipes.finetune import FinetuneConfig, finish, prepare
 from tameformer.recipes.hugging_face import describe, empty_model, is_kept
 from tameformer.recipes.init_from import begun
-from tameformer.recipes.pretrained import check_tokens, is_ours, load_pretrained, load_tokenizer
+from tameformer.recipes.pretrained import check_tokens, is_of_library, load_pretrained, load_tokenizer
 from tameformer.training import CheckpointFolder, Engine, Run
 from tameformer.training.step import Batch
 
@@ -136,7 +136,7 @@ def build(config: Config, folder: Path) -> Run:
     """The run that the configuration describes; a tokenizer of ours in the run folder is used again."""
     rows, judging, to_test, num_classes = read(config.data, config.order_seed)
     starts = not CheckpointFolder(folder).steps()
-    parts = _hugging_face if config.init_from is not None and not is_ours(config.init_from) else _ours
+    parts = _hugging_face if is_of_library(config.init_from, folder, starts=starts) else _ours
     model, tokenized, call, artifacts, marks = parts(config, folder, rows, num_classes, starts)
     prepare(model, config.finetune, seed=config.seed, starts=starts)
     train, held_out = tokenized(rows), tokenized(judging)

@@ -24,7 +24,6 @@ from tameformer.data.augment import (
     TrivialAugment,
 )
 from tameformer.data.sources import (
-    ArraySource,
     DecodedImages,
     Transform,
     digits,
@@ -41,11 +40,12 @@ from tameformer.recipes.config import RecipeConfig
 from tameformer.recipes.evaluation import class_sums, one_pass
 from tameformer.recipes.finetune import FinetuneConfig, finish, prepare
 from tameformer.recipes.init_from import begun
+from tameformer.recipes.pretrained import is_of_library
+from tameformer.recipes.pretrained_vision import Call, ImageSource, pretrained_classifier
 from tameformer.training import CheckpointFolder, Engine, Run
 from tameformer.training.step import Batch
 
 PREPROCESSING = "preprocessing.json"
-ImageSource = ArraySource | DecodedImages
 Augmentation = Literal[
     "shift", "flip", "affine", "erasing", "trivial_augment", "rand_augment", "resized_crop", "color_jitter"
 ]
@@ -106,15 +106,22 @@ class Config(RecipeConfig):
     data: VisionDataConfig = field(default_factory=VisionDataConfig)
     """Images and their classes."""
     model: VisionConfig | ConvolutionalConfig = field(default_factory=VisionConfig)
-    """The classifier."""
+    """The classifier; a Hugging Face model in `init_from` takes its place."""
     init_from: str | None = None
-    """Run folder, checkpoint or exported folder whose weights the model starts from, all but the head; null starts fresh."""
+    """Run, checkpoint or exported folder of ours, or a Hugging Face folder or name, to start from; the head starts afresh."""
+    replace_head: bool = False
+    """With a Hugging Face model: let a head that was trained for another number of classes start afresh."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """What is done to pre-trained weights."""
     label_smoothing: float = 0.0
     """Probability mass of a label that is spread over all classes."""
     num_train_epochs: int | None = 20
     """Passes over the training data; `max_steps` wins when both are given."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.replace_head and self.init_from is None:
+            raise ValueError("replace_head is about the head of init_from; give that, or leave replace_head out")
 
 
 def check_unlabelled(data: VisionDataConfig) -> None:
@@ -130,17 +137,29 @@ def build(config: Config, folder: Path) -> Run:
     """The run that the configuration describes."""
     data = config.data
     train, held_out = sources(data, config.order_seed)
+    starts, call = not CheckpointFolder(folder).steps(), _call_ours
+    if config.init_from is not None and is_of_library(config.init_from, folder, starts=starts):
+        if isinstance(config.model, ConvolutionalConfig):
+            raise ConfigError(
+                f"init_from brings a model of its own, and model.architecture {config.model.architecture} another; "
+                "leave one of them out"
+            )
+        found = pretrained_classifier(
+            config.init_from, folder, train, seed=config.seed, replace_head=config.replace_head, starts=starts
+        )
+        model, call, artifacts = found.model, found.call, found.files
+        train, held_out = found.fitted(train), found.fitted(held_out)
+    else:
+        channels, *sides = train.image_shape
+        model, artifacts = begun(
+            Architecture.of(config.model, num_classes=train.num_classes, image_size=tuple(sides), channels=channels),
+            config.seed,
+            config.init_from,
+            fresh=("head.", "pooling."),
+            starts=starts,
+        )
     mixed = data.mixup_alpha or data.cutmix_alpha
     source = MixedSource(train, mixup_alpha=data.mixup_alpha, cutmix_alpha=data.cutmix_alpha) if mixed else train
-    channels, *sides = train.image_shape
-    starts = not CheckpointFolder(folder).steps()
-    model, artifacts = begun(
-        Architecture.of(config.model, num_classes=train.num_classes, image_size=tuple(sides), channels=channels),
-        config.seed,
-        config.init_from,
-        fresh=("head.", "pooling."),
-        starts=starts,
-    )
     prepare(model, config.finetune, seed=config.seed, starts=starts)
     run = assemble(
         config,
@@ -148,9 +167,9 @@ def build(config: Config, folder: Path) -> Run:
         model=model,
         source=source,
         plan=ShuffledBatches(len(train), data.batch_size, seed=config.order_seed),
-        loss=partial(classification_loss, label_smoothing=config.label_smoothing),
+        loss=partial(classification_loss, call=call, label_smoothing=config.label_smoothing),
         unit="samples",
-        evaluate=partial(evaluate, source=held_out, batch_size=data.eval_batch_size),
+        evaluate=partial(evaluate, source=held_out, batch_size=data.eval_batch_size, call=call),
         num_workers=data.num_workers,
         trivial_loss=prior_loss(
             np.bincount(train.labels, minlength=train.num_classes).tolist(), label_smoothing=config.label_smoothing
@@ -231,16 +250,21 @@ def transforms(names: tuple[Augmentation, ...], side: int, *, shift_pixels: int 
     return tuple(known[name] for name in names)
 
 
-def classification_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
+def _call_ours(model: nn.Module, images: Tensor) -> Tensor:
+    return model(images)
+
+
+def classification_loss(model: nn.Module, batch: Batch, *, call: Call, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy summed over the images; labels are class numbers or, when mixed, probabilities."""
-    return F.cross_entropy(model(batch["images"]), batch["labels"], reduction="sum", label_smoothing=label_smoothing)
+    logits = call(model, batch["images"])
+    return F.cross_entropy(logits, batch["labels"], reduction="sum", label_smoothing=label_smoothing)
 
 
-def evaluate(engine: Engine, model: nn.Module, *, source: ImageSource, batch_size: int) -> dict[str, float]:
+def evaluate(engine: Engine, model: nn.Module, *, source: ImageSource, batch_size: int, call: Call) -> dict[str, float]:
     """Mean cross-entropy, and the share of images whose class was recognized."""
-    return one_pass(engine, model, source, SequentialBatches(len(source), batch_size), measure)
+    return one_pass(engine, model, source, SequentialBatches(len(source), batch_size), partial(measure, call=call))
 
 
-def measure(model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+def measure(model: nn.Module, batch: Batch, *, call: Call) -> Mapping[str, Tensor]:
     """Sums over a batch of images."""
-    return class_sums(model(batch["images"]), batch["labels"])
+    return class_sums(call(model, batch["images"]), batch["labels"])
