@@ -1,5 +1,7 @@
 """Models that change their path from pass to pass: nothing is lost, and nothing is named wrongly."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -181,20 +183,25 @@ def test_nothing_is_left_after_an_exception_inside_a_site(error, before):
     assert layers.seen == "abc"
 
 
-def test_an_exception_that_the_model_catches_leaves_the_rest_seen():
+def test_an_exception_that_the_model_catches_ends_the_look_at_its_site():
+    modes = []
+
+    class Failing(Mix):
+        def forward(self, x):
+            super().forward(x)
+            raise RuntimeError("no")
+
     class Forgiving(Model):
         def forward(self, x):
-            try:
-                self.layers["a"](x[..., :3])
-            except RuntimeError:
-                x = self.layers["b"](x)
-            return self.layers["c"](x)
+            with contextlib.suppress(RuntimeError):
+                self.layers["a"](x)
+            modes.append(torch.overrides._get_current_function_mode())
+            return self.layers["c"](self.layers["b"](x))
 
-    model = Forgiving()
-    layers = Layers()
+    model, layers = Forgiving(mixes=[Failing(), Mix(), Mix()]), Layers()
     observation = Observation(model, [layers])
     for _ in range(3):
         with observation.watching():
             model(torch.randn(2, 3, 4))
-        assert layers.seen == "bc"
-        assert torch.overrides._get_current_function_mode() is None
+        assert layers.seen[0] + layers.seen[-1] == "ac"
+    assert [mode is None for mode in modes] == [False, True, True]
