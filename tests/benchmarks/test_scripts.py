@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tameformer.recipes.launch import train
+from tiny_recipes import values_of, write_data
+
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 SCRIPTS = [
     "loop_overhead",
@@ -113,3 +116,28 @@ def test_both_loops_of_a_comparison_learn_the_same(monkeypatch):
     measure.interleaved(loops, rounds=1, steps=20, warmup=20)
     means = [sum(bare_losses[first : first + 10]) / 10 for first in range(0, 40, 10)]
     assert our_losses == pytest.approx(means, abs=1e-5)
+
+
+def test_heads_that_are_turned_off_cost_what_the_evaluation_says(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    write_data(tmp_path)
+    values = {**values_of("translation", tmp_path), "model.num_encoder_layers": 2, "decoding.eval_sentences": None}
+    more = {
+        "max_steps": 20,
+        "optim.warmup_steps": 1,
+        "optim.ema_decay": None,
+        "precision": "fp32",
+        "loop.eval_steps": 20,
+    }
+    found = train("translation", overrides={**values, **more, "output_dir": str(tmp_path / "run")})
+    importlib.import_module("head_pruning").main([str(tmp_path / "run"), "--batches", "2"])
+    first, _, _, _, *rows = capsys.readouterr().out.splitlines()
+    assert first == f"loss with all heads: {found.metrics['eval/loss']:.4g}"
+    names = [row.split("|")[1].strip() for row in rows]
+    assert names == [
+        "encoder.layers.*.attention.branch (4)",
+        "decoder.layers.*.attention.branch (2)",
+        "decoder.layers.*.cross_attention.branch (2)",
+        "all (8)",
+    ]
+    assert len({row.split("|")[5] for row in rows}) == 4  # each kind costs something of its own
