@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import tameformer as tame
@@ -81,6 +83,21 @@ def test_pruned_is_gated_to_zero_and_can_be_taken_back(model):
     assert called(model).equal(before)
     assert [(name, id(p)) for name, p in model.named_parameters()] == [(name, id(p)) for name, p in kept.items()]
     assert all(value.equal(state[name]) for name, value in model.state_dict().items())
+
+
+@torch.no_grad()
+@settings(max_examples=15)
+@given(chosen=st.lists(st.sets(st.integers(0, 3), min_size=1, max_size=3), min_size=2, max_size=2))
+def test_whichever_heads_are_pruned_they_are_gated_to_zero(chosen):
+    torch.manual_seed(0)
+    model = ours().double().eval()
+    with gate_heads(model) as gates:
+        heads = {name: sorted(some) for name, some in zip(gates.names, chosen, strict=True)}
+        for gate, some in zip(gates.new_parameters, heads.values(), strict=True):
+            gate[some] = 0
+        gated = called(model)
+    prune_heads(model, heads).bake()
+    torch.testing.assert_close(called(model), gated, rtol=1e-11, atol=1e-11)
 
 
 @torch.no_grad()
