@@ -14,6 +14,7 @@ from tameformer.cli.__main__ import main
 from tameformer.errors import ConfigError
 from tameformer.recipes.launch import train
 from tameformer.recipes.speech import real_tokens, speech_loss
+from tameformer.recipes.word_errors import write_errors_by_length
 from tameformer.record import RunReader
 from tameformer.training import CheckpointFolder, Listener
 
@@ -61,6 +62,7 @@ def test_learns_is_transcribed_diagnosed_and_exported(choice, method, digits, tm
     assert losses[-1] < 0.9 * losses[0]
     wanted = {"eval/loss", "eval/wer", "eval/cer", "test/wer", "test/cer"}
     assert {key for key in result.metrics if key.startswith(("eval/", "test/"))} == wanted
+    assert "Errors by length" in (folder / "report.html").read_text()
     assert main(["diagnose", str(folder)]) == 0
     assert capsys.readouterr().out
     tame.export(folder, tmp_path / "out")
@@ -128,6 +130,16 @@ def test_masks_follow_the_subsampling():
     real = real_tokens(batch, subsampling=2)
     assert real["encoder"].sum(1).tolist() == [5, 2]
     assert real["decoder"].tolist() == [[True, True], [True, False]]
+
+
+def test_errors_are_shown_by_the_length_of_what_was_said(tmp_path):
+    said = ["one"] * 20 + ["one two"] * 25 + ["one two three"] * 4
+    heard = ["one"] * 10 + ["two"] * 10 + ["one two"] * 25 + ["one"] * 4
+    order = list(range(0, 49, 2)) + list(range(1, 49, 2))
+    write_errors_by_length(tmp_path, [said[i] for i in order], [heard[i] for i in order])
+    figure = json.loads((tmp_path / "figures" / "errors-by-length.json").read_text())
+    assert figure["x"] == pytest.approx([1, 62 / 29])
+    assert figure["lines"]["words"] == pytest.approx([0.5, 8 / 62])
 
 
 def test_label_smoothing_without_a_decoder_is_refused(tmp_path):

@@ -28,7 +28,7 @@ from tameformer.nn.masks import real_from_lengths
 from tameformer.recipes.assemble import assemble, require_path
 from tameformer.recipes.config import RecipeConfig
 from tameformer.recipes.evaluation import one_pass, placed_batches, token_loss
-from tameformer.recipes.word_errors import error_rates
+from tameformer.recipes.word_errors import error_rates, write_errors_by_length
 from tameformer.training import Engine, Run
 from tameformer.training.step import Batch
 
@@ -148,7 +148,7 @@ def build(config: Config, folder: Path) -> Run:
         evaluate=partial(
             evaluate, source=evaluated, decoding=replace(config.decoding, num_beams=1), max_frames=data.eval_max_frames
         ),
-        test=transcribed,
+        test=partial(transcribed, folder=folder),
         num_workers=data.num_workers,
         artifacts={
             TOKENIZER: tokenizer.to_json() + "\n",
@@ -212,14 +212,22 @@ def plan_of(source: SpeechSource, max_frames: int) -> LengthSortedBatches:
 
 
 def transcription_quality(
-    engine: Engine, model: nn.Module, *, source: SpeechSource, decoding: TranscriptionConfig, max_frames: int
+    engine: Engine,
+    model: nn.Module,
+    *,
+    source: SpeechSource,
+    decoding: TranscriptionConfig,
+    max_frames: int,
+    folder: Path | None = None,
 ) -> dict[str, float]:
-    """Word and character error rates of the model's texts; the work is shared by all processes."""
+    """Word and character error rates of the model's texts; with a run folder, by length for its report, too."""
     found: list[tuple[str, str]] = []
     for keys, batch in placed_batches(engine, source, plan_of(source, max_frames)):
         ids = transcripts(model, batch, decoding)
         found += zip(source.utterances.texts(keys), map(source.tokenizer.decode, ids), strict=True)
     said, heard = zip(*engine.gather(found), strict=True)
+    if folder is not None and engine.is_main:
+        write_errors_by_length(folder, said, heard)
     return error_rates(said, heard)
 
 
