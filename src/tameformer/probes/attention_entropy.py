@@ -25,8 +25,6 @@ _STEPS = 256
 """Calls of one query each that are kept of a layer."""
 Rows = tuple[Tensor, Tensor | None, Tensor | None]
 """Logits, which keys are visible, which rows are real queries: see `row_logits`."""
-Values = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""What is known of each row: see `row_values`."""
 
 
 class AttentionEntropy(Probe):
@@ -51,41 +49,35 @@ class AttentionEntropy(Probe):
 
     def __init__(self, *, rows: int = 32) -> None:
         self.rows = rows
-        self._seen: dict[str, Values] = {}
-        self._one_by_one: dict[str, list[Rows]] = {}
+        self._seen: dict[str, list[Rows]] = {}
         self._along_edges: dict[str, dict[str, Tensor]] = {}
 
     def on_begin(self) -> None:
         """Forget the last step."""
         self._seen.clear()
-        self._one_by_one.clear()
         self._along_edges.clear()
 
     def on_attention(self, call: AttentionCall) -> None:
-        """Look at a few rows while they are in the cache; a layer that asks query by query has its rows looked at together."""
+        """Keep the logits of a few rows; they are evaluated together, because small operations cost their call."""
         if call.logits is not None and call.groups is not None:
             if call.layer not in self._along_edges:
                 self._along_edges[call.layer] = edge_statistics(call.logits, call.groups, call.num_queries)
             return
-        if call.layer in self._seen:
-            return
-        earlier = self._one_by_one.get(call.layer)
-        if _num_queries(call) > 1 and earlier is None:
-            self._seen[call.layer] = row_values(*row_logits(call, self.rows))
-        elif _num_queries(call) == 1 and (earlier is None or len(earlier) < _STEPS):
+        seen = self._seen.setdefault(call.layer, [])
+        if not seen:
+            seen.append(row_logits(call, self.rows))
+        elif seen[0][0].shape[2] == 1 == _num_queries(call) and len(seen) < _STEPS:
             rows = row_logits(call, self.rows)
-            if earlier is None:
-                self._one_by_one[call.layer] = [rows]
-            elif _shapes(rows) == _shapes(earlier[0]):
-                earlier.append(rows)
+            if _shapes(rows) == _shapes(seen[0]):
+                seen.append(rows)
 
     def read(self) -> Mapping[str, Tensor]:
         """The values of the last observed step, on the device."""
-        seen = self._seen | {layer: row_values(*_joined(calls)) for layer, calls in self._one_by_one.items()}
+        seen = {layer: _joined(calls) for layer, calls in self._seen.items()}
         found: dict[str, dict[str, Tensor]] = {layer: {} for layer in seen}
         for layers in _alike(seen):
-            stacked = (torch.stack(values) for values in zip(*(seen[layer] for layer in layers), strict=True))
-            for name, values in _summed_up(*stacked).items():  # together, because small operations cost their call
+            logits, visible, counted = zip(*(seen[layer] for layer in layers), strict=True)
+            for name, values in row_statistics(torch.stack(logits), _stack(visible), _stack(counted)).items():
                 for layer, value in zip(layers, values.unbind(), strict=True):
                     found[layer][f"diag/{name}/{layer}"] = value
         for layer, statistics in self._along_edges.items():
@@ -140,15 +132,6 @@ def row_statistics(
         >>> row_statistics(torch.zeros(1, 1, 1, 8, 4))["attention_entropy"]
         tensor([[1.3863]])
     """
-    return _summed_up(*row_values(logits, visible, counted))
-
-
-def row_values(
-    logits: Float[Tensor, "*batch heads rows key"],
-    visible: Bool[Tensor, "*#batch #heads rows key"] | None = None,
-    counted: Bool[Tensor, "*#batch #heads rows"] | None = None,
-) -> Values:
-    """Of each row the entropy, the largest logit, how many keys it sees and whether it counts; of some the entropy bound."""
     shape, keys = logits.shape[:-1], logits.shape[-1]
     if visible is None:
         scores = logits
@@ -164,18 +147,11 @@ def row_values(
     shifted = scores - largest[..., None] if scores is logits else scores.sub_(largest[..., None])
     weights = shifted.softmax(-1)
     entropy = 0.0 - (weights.amax(-1).log_() + weights.mul_(shifted).sum(-1))
-    # The bound takes more passes than all the rest: a few rows do.
-    few = _few(shape[-1])
-    some_visible = None if visible is None else visible[..., few, :]
-    norm = centred_logit_norm(logits[..., few, :], some_visible)
-    return entropy, largest, sizes, kept, norm
-
-
-def _summed_up(entropy: Tensor, largest: Tensor, sizes: Tensor, kept: Tensor, norm: Tensor) -> dict[str, Tensor]:
-    """The statistics of all rows that count, from (layers, batch, heads, rows)."""
     count = kept.sum((1, 3))
-    few = _few(entropy.shape[-1])
-    some = entropy_lower_bound(norm, sizes[..., few].clamp(min=1))
+    # The bound takes more passes than all the rest: a few rows do.
+    few = slice(None, None, max(1, shape[-1] // _BOUND_ROWS))
+    some_visible = None if visible is None else visible[..., few, :]
+    some = entropy_lower_bound(centred_logit_norm(logits[..., few, :], some_visible), sizes[..., few].clamp(min=1))
     bound = torch.where(kept[..., few], some, 0.0).sum((1, 3)) / kept[..., few].sum((1, 3))
 
     def mean(values: Tensor) -> Tensor:
@@ -193,11 +169,6 @@ def _summed_up(entropy: Tensor, largest: Tensor, sizes: Tensor, kept: Tensor, no
         "attention_logit_max": -_smallest(-largest, kept) + nan,
         "attention_entropy_max": (torch.where(kept, sizes.clamp(min=1).log(), 0.0).sum((1, 2, 3)) / count.sum(-1)),
     }
-
-
-def _few(rows: int) -> slice:
-    """Some of the rows, evenly spread."""
-    return slice(None, None, max(1, rows // _BOUND_ROWS))
 
 
 def _smallest(values: Tensor, kept: Tensor) -> Tensor:
@@ -227,16 +198,21 @@ def _joined(calls: Sequence[Rows]) -> Rows:
     return logits, visible, counted
 
 
-def _shapes(rows: Rows | Values) -> tuple[object, ...]:
+def _shapes(rows: Rows) -> tuple[object, ...]:
     return tuple(None if tensor is None else (tensor.shape, tensor.device) for tensor in rows)
 
 
-def _alike(seen: Mapping[str, Values]) -> list[list[str]]:
+def _alike(seen: Mapping[str, Rows]) -> list[list[str]]:
     """The layers in groups whose tensors can be stacked."""
     groups: dict[object, list[str]] = {}
     for layer, rows in seen.items():
         groups.setdefault(_shapes(rows), []).append(layer)
     return list(groups.values())
+
+
+def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    present = [tensor for tensor in tensors if tensor is not None]
+    return torch.stack(present) if present else None
 
 
 @lru_cache(maxsize=8)  # the same in every layer and step
@@ -266,8 +242,8 @@ def _take(tensor: Tensor, chosen: Int[Tensor, "batch rows"]) -> Tensor:
 def _scores(query: Tensor, key: Tensor) -> Tensor:
     """Dot products; neighbouring query heads share a key head without a copy of it."""
     batch, heads, rows, dim = query.shape
-    shared = query.reshape(batch, key.shape[1], heads // key.shape[1] * rows, dim)
-    return (shared @ key.mT).reshape(batch, heads, rows, -1)
+    shared = query.reshape(batch * key.shape[1], heads // key.shape[1] * rows, dim)
+    return torch.bmm(shared, key.flatten(0, 1).mT).view(batch, heads, rows, -1)
 
 
 def _real(visible: Tensor, chosen: Tensor, length: int) -> Tensor | None:
