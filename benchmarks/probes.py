@@ -29,7 +29,7 @@ from tameformer.readings import Readings
 Watches = dict[str, Watch]
 NOTES = [
     "Floor of 32 rows: 2 r T D a head and sequence looked at, over 14 T^2 D for attention itself: r / 7T of attention.",
-    "Floor of the exact form: one more attention forward, 4 of 14 T^2 D, 29 % of attention, over its share of the step.",
+    "Floor of the exact form: the scores once more, 2 of 14 T^2 D, 14 % of attention, over its share of the step.",
     "Floor of the others: 8 to 12 bytes a parameter, against 28 for AdamW's update.",
 ]
 EVENTS = [name for name in vars(Observer) if name.startswith("on_")]
@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         subject = Subject(size)
         watches = other_watches(subject.model, subject.optimizers["fused"])
         also = {"unwatched, torch's default AdamW": "default"}
-        few = max(2, rounds // (1 if size.tokens < 1000 else 3))
+        few = max(2, rounds // (1 if size.tokens < 1000 else 4))
         raw[f"all probes, {size.tokens} tokens"] = found = compare(subject, watches, rounds=few, also=also)
         table = table_of(f"Every probe: {size.show()}", found)
         entropy, rest = found["attention_entropy"], found["all but attention entropy"]

@@ -142,7 +142,7 @@ def row_statistics(
         sizes = visible.sum(-1).expand(shape)
         kept = (sizes > 0) if counted is None else (sizes > 0) & counted
     # Few passes over the logits. With the row's maximum taken off, log Z - sum p s has no negative terms; 1 / Z is the
-    # largest weight. softmax takes a third of the time that exp does.
+    # largest weight.
     largest = scores.amax(-1)
     shifted = scores - largest[..., None] if scores is logits else scores.sub_(largest[..., None])
     weights = shifted.softmax(-1)
