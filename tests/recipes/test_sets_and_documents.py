@@ -10,11 +10,15 @@ import torch
 import tameformer as tame
 from tameformer.cli.__main__ import main
 from tameformer.data import SampleKeys
+from tameformer.data.augment import TokenDeletion, TokenDropout, TokenSwap
 from tameformer.data.point_sets import PointSets, TokenSets
 from tameformer.data.sentences import TokenizedDocuments, sentences
 from tameformer.data.sources import digits
 from tameformer.data.tokenizers import BPETokenizer
+from tameformer.recipes.catalogue import resolve
 from tameformer.recipes.config import ProbesConfig
+from tameformer.training import Engine
+from tiny_recipes import values_of, write_data
 
 SMALL = {
     "model.dim": 16, "precision": "fp32", "loop.logging_steps": 10, "optim.warmup_steps": 3, "optim.peak_lr": 0.01,
@@ -62,6 +66,37 @@ def test_texts_are_cut_into_sentences_and_padded_on_both_axes():
     assert batch["real"].tolist() == (batch["tokens"] > 0).tolist()
     assert batch["labels"].tolist() == [0, 1]
     assert source.lengths.tolist() == [3, 3]
+
+
+def test_noise_stays_within_its_sentence_and_is_new_in_each_pass():
+    words = list(range(5, 25))
+    documents = [[words, words], [words]]
+    noise = [TokenSwap(distance=2), TokenDeletion(probability=0.3), TokenDropout(replacement=3, probability=0.3)]
+    source = TokenizedDocuments(documents, np.array([0, 1]), 0, transforms=noise)
+    batches = [source.fetch(SampleKeys(0, epoch, np.arange(2))) for epoch in range(3)]
+    told = [
+        [tuple(row[real].tolist()) for rows, reals in zip(one["tokens"], one["real"], strict=True)
+         for row, real in zip(rows, reals, strict=True) if real.any()]
+        for one in batches
+    ]  # fmt: skip
+    assert [len(one) for one in told] == [3, 3, 3]
+    assert len({row for one in told for row in one}) == 9  # no two sentences alike, nor two passes
+    assert all(row and set(row) <= {3, *words} for one in told for row in one)
+    alone = source.fetch(SampleKeys(0, 1, np.array([1])))
+    assert tuple(alone["tokens"][0, 0][alone["real"][0, 0]].tolist()) == told[1][2]
+
+
+@pytest.mark.parametrize("key", ["data.token_dropout", "data.token_deletion", "data.token_swap"])
+def test_documents_are_learned_from_with_the_noise_that_was_asked_for(key, tmp_path):
+    write_data(tmp_path)
+    values = {**values_of("hierarchical", tmp_path), "max_steps": 1, "optim.warmup_steps": 0}
+    tokens = []
+    for changes in ({}, {key: 2 if key == "data.token_swap" else 0.5}):
+        found = resolve("hierarchical", {**values, **changes})
+        run = found.build(found.config, tmp_path / f"run{len(changes)}")
+        tokens.append(next(iter(run.batches(start=0, stop=1, rank=0, world_size=1)))[0]["tokens"])
+        assert np.isfinite(run.evaluate(Engine(), run.model.eval())["loss"])
+    assert tokens[0].shape != tokens[1].shape or not tokens[0].equal(tokens[1])
 
 
 def assert_seen_in_any_order(folder, source, capsys):

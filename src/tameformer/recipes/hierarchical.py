@@ -1,7 +1,7 @@
 """Documents by their words and sentences, and which of them counted (Yang et al. 2016, "Hierarchical Attention Networks")."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,14 @@ from tameformer.recipes.assemble import assemble
 from tameformer.recipes.config import RecipeConfig
 from tameformer.recipes.curriculum import with_curriculum
 from tameformer.recipes.evaluation import class_sums, one_pass
-from tameformer.recipes.text_classification import TOKENIZER, LabelledTextsConfig, read
+from tameformer.recipes.text_classification import (
+    TOKENIZER,
+    LabelledTextsConfig,
+    marks,
+    noise,
+    read,
+    special_tokens,
+)
 from tameformer.record import write_figure
 from tameformer.training import Engine, Run
 from tameformer.training.step import Batch
@@ -49,11 +56,15 @@ def build(config: Config, folder: Path) -> Run:
     if rows[0].pair is not None:
         raise ConfigError(f"{config.data.path} holds pairs of texts; expected documents in a column text or sentence")
     kept = folder / TOKENIZER
+    special = special_tokens(config.data)
     tokenizer = (
-        BPETokenizer.load(kept) if kept.is_file() else train_bpe([row.text for row in rows], config.data.vocab_size)
+        BPETokenizer.load(kept)
+        if kept.is_file()
+        else train_bpe([row.text for row in rows], config.data.vocab_size, special)
     )
     tokenized = partial(tokenized_documents, tokenizer=tokenizer, model=config.model)
     train, held_out = tokenized(rows), tokenized(judging)
+    train = replace(train, transforms=noise(config.data, marks(config.data, tokenizer)))
     told = {
         "vocab_size": tokenizer.vocab_size,
         "num_classes": num_classes,

@@ -216,6 +216,17 @@ class Marks:
     """Begin, end and the like: noise leaves them alone."""
 
 
+def special_tokens(data: LabelledTextsConfig) -> tuple[str, ...]:
+    """Those of a tokenizer that is trained here: a mask, too, where tokens are dropped."""
+    return (*SPECIAL_TOKENS, MASK) if data.token_dropout else SPECIAL_TOKENS
+
+
+def marks(data: LabelledTextsConfig, tokenizer: BPETokenizer) -> Marks:
+    """The tokens of a tokenizer of ours that are no words."""
+    mask = tokenizer.special_id(MASK) if data.token_dropout else None
+    return Marks(mask, (tokenizer.padding_id, tokenizer.begin_id, tokenizer.end_id))
+
+
 def noise(data: LabelledTextsConfig, marks: Marks) -> tuple[TokenTransform, ...]:
     """What is done to the training tokens.
 
@@ -252,8 +263,7 @@ def _ours(config: Config, folder: Path, rows: Sequence[LabelledText], num_classe
         )
     texts = [text for row in rows for text in (row.text, row.pair) if text is not None]
     if kept is None:
-        special = (*SPECIAL_TOKENS, MASK) if config.data.token_dropout else SPECIAL_TOKENS
-        tokenizer = train_bpe(texts, config.data.vocab_size, special)
+        tokenizer = train_bpe(texts, config.data.vocab_size, special_tokens(config.data))
     else:
         tokenizer = BPETokenizer.load(kept)
     told = {"vocab_size": tokenizer.vocab_size, "num_classes": num_classes}
@@ -277,9 +287,7 @@ def _ours(config: Config, folder: Path, rows: Sequence[LabelledText], num_classe
         ]
         return TokenizedTexts(tokens, np.array([row.label for row in rows]), tokenizer.padding_id)
 
-    specials = (tokenizer.padding_id, tokenizer.begin_id, tokenizer.end_id)
-    mask = tokenizer.special_id(MASK) if config.data.token_dropout else None
-    return model, tokenized, _call_ours, {TOKENIZER: tokenizer.to_json(), **artifacts}, Marks(mask, specials)
+    return model, tokenized, _call_ours, {TOKENIZER: tokenizer.to_json(), **artifacts}, marks(config.data, tokenizer)
 
 
 def _hugging_face(config: Config, folder: Path, rows: Sequence[LabelledText], num_classes: int, starts: bool) -> Parts:
