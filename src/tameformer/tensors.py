@@ -14,6 +14,36 @@ def is_ordinary(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter)
 
 
+def gathered(tensor: Tensor) -> Tensor:
+    """The full tensor where each process holds a part of it (FSDP2), and every one of them must call; else itself.
+
+    Example:
+        >>> gathered(torch.ones(2))
+        tensor([1., 1.])
+    """
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of it: the part of a sharded tensor, as a view, another one itself.
+
+    Example:
+        >>> local_part(torch.ones(2))
+        tensor([1., 1.])
+    """
+    return tensor.to_local() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process may hold a part of it only.
+
+    Example:
+        >>> is_sharded(torch.ones(2))
+        False
+    """
+    return hasattr(tensor, "full_tensor")
+
+
 def widest(device: torch.device) -> torch.dtype:
     """The floating type to be exact in: float64, or float32 on accelerators that lack it, as Apple's and some of Intel's do.
 

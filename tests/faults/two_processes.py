@@ -39,7 +39,9 @@ def main(folder: Path) -> None:
         torch.distributed.is_initialized() and torch.distributed.barrier()  # all have looked for the folder
         codes.append(launch.train("vit-digits", overrides=values, inject=inject, resume=resume).exit_code)
 
-    run("faults", "nan@3:rank1,inf-grad@5:rank0,bad-batch@7:rank1,spike@12x1000:rank1,nan@16-19:rank1", **MANY)
+    faults = "nan@3:rank1,inf-grad@5:rank0,bad-batch@7:rank1,spike@12x1000:rank1,nan@16-19:rank1"
+    run("faults", faults, **MANY)
+    run("faults-fsdp", faults, fsdp=True, **MANY)
     run("clean", **PARTS)
     run("short", "oom@2:rank1,oom@6:rank0,oom@9", **PARTS)
     run("straight", **AUGMENTED)

@@ -55,7 +55,7 @@ def test_halting_equals_a_loop_over_positions():
             for i in range(9):
                 if not running[b, i]:
                     continue
-                p = torch.sigmoid(states[b, i] @ halting.weight + halting.bias)
+                p = torch.sigmoid(states[b, i] @ halting.weight + halting.bias[0])
                 steps[b, i] += 1
                 if spent[b, i] + p > 0.99 or step == STEPS - 1:
                     p, running[b, i] = 1 - spent[b, i], False

@@ -25,8 +25,8 @@ from tameformer.finetune.prior_decay import SUFFIX
 from tameformer.patch import PatchHandle, Selector, blocks, select
 from tameformer.patch.parametrized import chain_of, parametrize, unparametrize
 from tameformer.shapes import Float
-from tameformer.stabilizers.sigma_weight import is_sharded
 from tameformer.stabilizers.weight_parts import is_transposed, weight_names
+from tameformer.tensors import is_sharded
 
 Draw = Callable[[tuple[int, ...], bool], tuple[int, ...]]
 """From a weight's shape, and whether it is stored (in, out), to the shape of M, which is spread over the weight."""

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from tameformer.errors import PatchError
 from tameformer.finetune.places import Place, places
 from tameformer.patch import PatchHandle
-from tameformer.stabilizers.sigma_weight import is_sharded
+from tameformer.tensors import is_sharded, local_part
 
 SUFFIX = "_prior"
 """A weight's prior is a buffer beside it with this after its name."""
@@ -146,15 +146,10 @@ def decay_toward(
         >>> weight
         tensor([1.7500])
     """
-    weights, priors = [_own_part(one) for one in weights], [_own_part(one) for one in priors]
+    weights, priors = [local_part(one) for one in weights], [local_part(one) for one in priors]
     if refused is None and not isinstance(share, Tensor):
         torch._foreach_lerp_(weights, priors, share)  # pyright: ignore[reportPrivateImportUsage]
         return
     for weight, prior in zip(weights, priors, strict=True):
         taken = 1.0 if refused is None else (refused == 0).to(weight)
         weight.lerp_(prior, torch.as_tensor(share * taken, dtype=weight.dtype, device=weight.device))
-
-
-def _own_part(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: a view, which in-place operations write to."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]

@@ -21,7 +21,7 @@ from tameformer.finetune.places import PlaceOf, num_layers, places
 from tameformer.models import Decoder, Encoder, EncoderDecoder, MaskedLanguageModel, TextClassifier, VisionClassifier
 from tameformer.models.initialize import gpt2_init, vit_init, xavier_init
 from tameformer.nn.pooling import AttentionPooling
-from tameformer.stabilizers.sigma_weight import is_sharded
+from tameformer.tensors import is_sharded
 
 logger = logging.getLogger(__name__)
 Fresh = Callable[[nn.Module], nn.Module]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tameformer.health import Guard, GuardConfig
+from tameformer.tensors import gathered
 
 
 class GuardedSteps:
@@ -121,8 +122,7 @@ def held(schedulers: Sequence[Any], optimizer: Optimizer) -> Callable[[], None]:
 def gradient_norm(optimizer: Optimizer) -> Tensor:
     """L2 norm of all gradients of the optimizer, a scalar on their device."""
     gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # pyright: ignore
+    return gathered(torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None]))
 
 
 def refuse_what_cannot_be_guarded(*, scales_loss: bool, is_deepspeed: bool) -> None:

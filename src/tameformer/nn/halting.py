@@ -31,7 +31,7 @@ class Halting(nn.Module):
             raise ValueError(f"expected a threshold between 0 and 1, got {threshold}")
         self.threshold = threshold
         self.weight = nn.Parameter(torch.zeros(dim))
-        self.bias = nn.Parameter(torch.ones(()))  # halts early at first, as in the released code
+        self.bias = nn.Parameter(torch.ones(1))  # halts early at first, as in the released code
 
     def begin(self, x: Stream) -> "Halted":
         """Nothing has been spent."""

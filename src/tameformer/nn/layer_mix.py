@@ -34,7 +34,7 @@ class LayerMix(nn.Module):
         if num_layers < 1 or not 0 <= layer_dropout < 1:
             raise ValueError(f"expected layers to mix and 0 <= layer_dropout < 1, got {num_layers} and {layer_dropout}")
         self.logits = nn.Parameter(torch.zeros(num_layers))
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(1))
         self.layer_dropout = layer_dropout
 
     def weights(self) -> Float[Tensor, " layers"]:

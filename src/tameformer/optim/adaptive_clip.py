@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from tameformer.optim.clipping import Norms, alike
 from tameformer.shapes import Float
+from tameformer.tensors import gathered
 
 _LEAST = math.log(2)  # chosen here: a norm within twice the usual is no spike, however steady norms were
 
@@ -186,8 +187,7 @@ def _norms(groups: Sequence[Sequence[nn.Parameter]]) -> tuple[Tensor | None, Flo
     totals: list[Tensor] = []
     for group in groups:
         total = torch.nn.utils.get_total_norm([parameter.grad for parameter in group if parameter.grad is not None])
-        total = total.full_tensor() if hasattr(total, "full_tensor") else total  # pyright: ignore
-        totals.append(total.float())
+        totals.append(gathered(total).float())
     device = next(total.device for total, group in zip(totals, groups, strict=True) if group)
     return None, torch.stack([total.to(device) for total in totals])
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tameformer.tensors import is_ordinary
+from tameformer.tensors import gathered, is_ordinary
 
 Norms = Callable[[Sequence[nn.Parameter], Tensor], None]
 """Takes the parameters that have a gradient, and the norm of each gradient after clipping, (parameters,)."""
@@ -108,9 +108,7 @@ def clip_norm(parameters: Iterable[nn.Parameter], max_norm: float | None, *, tel
     trained = [parameter for parameter in parameters if parameter.grad is not None]
     gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
     if not gradients or not alike(gradients):
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if hasattr(norm, "full_tensor"):  # the norm of the shards is not yet the norm
-            norm = norm.full_tensor()  # pyright: ignore
+        norm = gathered(torch.nn.utils.get_total_norm(gradients))  # the norm of the shards is not yet the norm
         _scale(gradients, norm, max_norm)
         return norm
     norms = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore

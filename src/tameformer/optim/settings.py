@@ -15,6 +15,7 @@ from tameformer.optim.clipping import Clip, NormClip
 from tameformer.optim.groups import Rule, assign, decay_groups, decay_rules, is_matrix
 from tameformer.optim.lars import LARS
 from tameformer.optim.stable_adamw import StableAdamW
+from tameformer.tensors import is_sharded
 
 Schedule = Callable[[int], float]
 """From the step, counted from 0, to the factor on every group's peak rate."""
@@ -165,7 +166,9 @@ def optimizers(
         case "stable_adamw":
             return [StableAdamW(groups, **adam)]
         case "sgd":
-            return [torch.optim.SGD(groups, lr=config.peak_lr, momentum=config.momentum, fused=True)]
+            # torch's fused kernel of SGD does not know sharded weights; Adam's does.
+            fused = not any(map(is_sharded, model.parameters()))
+            return [torch.optim.SGD(groups, lr=config.peak_lr, momentum=config.momentum, fused=fused)]
         case "lars":
             return [LARS(groups, lr=config.peak_lr, momentum=config.momentum)]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tameformer.shapes import Float
+from tameformer.tensors import is_sharded, local_part
 
 
 def update_rms(gradients: Sequence[Tensor], second_roots: Sequence[Tensor], *, eps: float) -> Float[Tensor, " tensors"]:
@@ -86,8 +87,8 @@ class StableAdamW(Optimizer):
     def _update(self, weights: list[nn.Parameter], group: dict[str, Any]) -> None:
         """All of a group's weights that are of one kind together, so that an accelerator is given few kernels."""
         states = [self._state(weight) for weight in weights]
-        gradients = [_local(weight.grad) for weight in weights]
-        firsts, seconds = ([_local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        gradients = [local_part(weight.grad) for weight in weights if weight.grad is not None]
+        firsts, seconds = ([local_part(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq"))
         steps = [state["step"].add_(1).item() for state in states]  # counted on the processor, as torch does
         # The share of the newest value in a moment that is corrected for its start.
         shares = [[(1 - beta) / (1 - beta**step) for step in steps] for beta in group["betas"]]
@@ -99,7 +100,7 @@ class StableAdamW(Optimizer):
         rates = (-group["lr"] / squares.sqrt_().clamp_(min=1)).to(roots[0].dtype)
         torch._foreach_add_(roots, group["eps"])  # pyright: ignore
         updates = torch._foreach_div(firsts, roots)  # pyright: ignore
-        targets = [_local(weight) for weight in weights]
+        targets = [local_part(weight) for weight in weights]
         if group["weight_decay"]:
             torch._foreach_add_(updates, targets, alpha=group["weight_decay"])  # pyright: ignore
         torch._foreach_mul_(updates, list(rates.unbind()))  # pyright: ignore
@@ -126,18 +127,13 @@ def _mean_squares(
 
 def _over_all_shards(squares: Tensor, weight: Tensor) -> Tensor:
     """The sums of what all processes found in their shards; one exchange for all weights."""
-    if not hasattr(weight, "full_tensor"):
+    if not is_sharded(weight):
         return squares
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     known: Any = weight
     held = [Replicate() if placement.is_replicate() else Partial() for placement in known.placements]
     return DTensor.from_local(squares, known.device_mesh, held).full_tensor()
-
-
-def _local(tensor: Any) -> Tensor:
-    """What this process holds of it, in the same memory."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _alike(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
@@ -151,6 +147,6 @@ def _alike(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
                 f"StableAdamW expects dense gradients, got one of shape {tuple(one.shape)} as {one.grad.layout}; "
                 "build the embedding with sparse=False"
             )
-        spread = (one.device_mesh, one.placements) if hasattr(one, "full_tensor") else None  # pyright: ignore
+        spread = (one.device_mesh, one.placements) if is_sharded(one) else None  # pyright: ignore
         found.setdefault((one.dtype, one.device, spread), []).append(one)
     return list(found.values())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tameformer.probes.probe import Probe
 from tameformer.probes.spectral_norm import Where, is_matrix, part_labels, transparent, weight_slots
 from tameformer.shapes import Float
-from tameformer.tensors import is_ordinary
+from tameformer.tensors import is_ordinary, local_part
 
 _RUNS = 32
 """Runs that the sampled entries lie in. Neighbours are cheap to read, but rows and columns are heads and units, which
@@ -105,7 +105,7 @@ class UpdateRatio(Probe):
             weight = module._parameters.get(attribute)
             if weight is None or not weight.requires_grad:
                 continue
-            local = weight.to_local() if hasattr(weight, "to_local") else weight  # pyright: ignore
+            local = local_part(weight)
             if local.numel() == 0 or local.is_meta:
                 self._unseen[name] = f"nothing of it is here: {tuple(local.shape)} on {local.device}"
                 continue

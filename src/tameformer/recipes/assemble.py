@@ -1,12 +1,12 @@
 """The part of building a run that every task shares: from source, plan and model to what the loop is handed."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,9 @@ from tameformer.record import CHECKPOINTS
 from tameformer.stabilizers.shortcut_profile import Masks, real_tokens
 from tameformer.tensors import pins
 from tameformer.training import Run
+from tameformer.training.average import averaged
 from tameformer.training.run import Evaluation
+from tameformer.training.sharding import share_out
 from tameformer.training.step import Batch, Loss
 
 Built = TypeVar("Built")
@@ -105,6 +107,11 @@ def assemble(
     if profiled:
         kept[PROFILE] = profiled
     texts = {name: json.dumps(values, indent=1) + "\n" for name, values in kept.items()}
+    average = None if config.optim.ema_decay is None else averaged(model, config.optim.ema_decay)
+    models = [model] if average is None else [model, average.module]
+    if config.fsdp and PartialState().num_processes > 1:  # before the optimizers, too: they hold this process's parts
+        for one in models:
+            share_out(one, device=cast(torch.device, PartialState().device))
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     # Everything outside the layers is an embedding, a stem or an output head.
     updated_by = optimizers(model, config.optim, is_hidden=lambda name: ".layers." in name)
@@ -118,7 +125,7 @@ def assemble(
         max_steps=max_steps,
         unit=unit,
         clip=clip(updated_by, config.optim),
-        ema_decay=config.optim.ema_decay,
+        average=average,
         evaluate=evaluate,
         test=test,
         artifacts={**(artifacts or {}), **texts},
@@ -128,7 +135,7 @@ def assemble(
             stalled_after=warmup_steps(config.optim, total_steps=max_steps) + max(100, max_steps // 10),
         ),
         watch=config.probes.watch(model, updated_by, logging_steps=config.loop.logging_steps, last_step=max_steps),
-        set_attention_dtype=partial(set_compute_dtype, model),
+        set_attention_dtype=partial(_set_attention_dtype, models),
         seed=config.seed,
         loop=config.loop,
         checkpoint=config.checkpoint,
@@ -151,6 +158,11 @@ def _stabilized(
     except ValueError as error:
         raise ConfigError(f"stabilize: {error}") from error
     return loss, profiled
+
+
+def _set_attention_dtype(models: Sequence[nn.Module], dtype: torch.dtype | None) -> None:
+    for model in models:
+        set_compute_dtype(model, dtype)
 
 
 def frequencies(source: Source, num_classes: int, *, most: int = 256) -> np.ndarray:

@@ -78,6 +78,9 @@ class RecipeConfig:
     deterministic: bool = False
     """Same seed, same bits on a GPU, too, with slower kernels where torch has them and an error where not; a processor needs
     nothing."""
+    fsdp: bool = False
+    """Share weights, gradients and the optimizer's state out over the processes that `torchrun` starts (FSDP2), where
+    otherwise each has all of them (DDP)."""
     overfit_batches: int | None = None
     """Train on this many batches only, over and over: a model that cannot learn them by heart has a bug."""
     optim: OptimConfig = field(default_factory=OptimConfig)

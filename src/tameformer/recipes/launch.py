@@ -6,17 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from tameformer import report
 from tameformer.recipes.catalogue import Recipe, resolve, with_values
 from tameformer.recipes.precision import settle_precision
 from tameformer.recipes.resume import check_drift, choose_folder, find_checkpoint, stored_values
 from tameformer.record import CONFIG, ENVIRONMENT, LOG, RunReader, RunWriter, write_atomically
+from tameformer.tensors import local_part
 from tameformer.training import CheckpointFolder, Engine, Listener, Listeners, Loop, Run, StopRequest
 from tameformer.training import checkpoint as checkpoints_on_disk
 from tameformer.training.deterministic import deterministic_kernels
 from tameformer.training.environment import environment
 from tameformer.training.faults import Fault, Faults, parse
 from tameformer.training.listeners import RecordListener, TensorBoardListener
+from tameformer.training.sharding import is_shared_out
 from tameformer.training.watchdog import Watchdog
 
 
@@ -165,6 +169,14 @@ def _write_head(folder: Path, recipe: Recipe, run: Run, engine: Engine) -> None:
     write_atomically(folder / ENVIRONMENT, json.dumps(described, indent=1, ensure_ascii=False) + "\n")
 
 
+def _shared_out(model: nn.Module) -> str:
+    if not is_shared_out(model):
+        return "fsdp: one process, which keeps all weights; `torchrun --nproc_per_node N` starts several to share them"
+    parameters = list(model.parameters())
+    here, all_of_them = sum(local_part(p).numel() for p in parameters), sum(p.numel() for p in parameters)
+    return f"fsdp: this process keeps {here:,} of {all_of_them:,} parameters"
+
+
 def _opening_events(
     run: Run,
     recipe: Recipe,
@@ -192,6 +204,8 @@ def _opening_events(
         )
     else:
         events.append(("resume", f"continues from {checkpoint.name}", {"max_steps": run.max_steps}))
+    if recipe.config.fsdp:
+        events.append(("fsdp", _shared_out(run.model), {}))
     events += [("checkpoint_skipped", sentence, {}) for sentence in skipped]
     events += [("config_drift", f"{sentence}, from here on", {}) for sentence in drift]
     if timings:

@@ -13,7 +13,7 @@ from tameformer.training.precision import PRECISIONS, candidates, fastest
 def settle_precision(recipe: Recipe, run: Run, engine: Engine) -> tuple[Recipe, dict[str, float]]:
     """Set the engine's precision; `auto` becomes the name of the fastest, timed on the first batch.
 
-    Gradients, weights and the random state are afterwards as they were.
+    Before the first step: there are no gradients afterwards either, and weights and the random state are as they were.
     """
     name, timings = recipe.config.precision, {}
     if name == "auto":
@@ -55,6 +55,8 @@ def _rehearsal(run: Run, engine: Engine, batch: Batch):
         with torch.random.fork_rng(devices=[]):
             with engine.autocast():
                 loss = run.loss(run.model, batch)
-            torch.autograd.grad(loss, [p for p in run.model.parameters() if p.requires_grad], allow_unused=True)
+            loss.backward()
+        for parameter in run.model.parameters():
+            parameter.grad = None
 
     return run_once

@@ -25,6 +25,7 @@ from tameformer.models.ctc import ctc_beam_search, ctc_greedy
 from tameformer.models.generate import beam_search, greedy, until_end
 from tameformer.models.speech import CTCRecognizer, DecoderRecognizer, transcription_steps
 from tameformer.nn.masks import real_from_lengths
+from tameformer.patch.unwrapped import unwrapped
 from tameformer.recipes.assemble import assemble, require_path
 from tameformer.recipes.config import RecipeConfig
 from tameformer.recipes.evaluation import one_pass, placed_batches, token_loss
@@ -182,7 +183,7 @@ def real_tokens(batch: Batch, *, subsampling: int) -> Mapping[str, Tensor]:
 
 def speech_loss(model: nn.Module, batch: Batch, *, label_smoothing: float = 0.0) -> Tensor:
     """The negative log-probability of the texts, in nats, summed over the utterances; the end token counts with a decoder."""
-    if not hasattr(model, "blank"):
+    if not hasattr(unwrapped(model), "blank"):
         logits = model(batch["features"], batch["frames"], batch["target_in"])
         return token_loss(logits, batch["targets"], label_smoothing=label_smoothing)
     logits, outputs = model(batch["features"], batch["frames"])

@@ -19,7 +19,7 @@ from tameformer.patch.select import Selector
 
 
 class OutputScale(nn.Module):
-    """The parametrization of a branch's last weight: its outputs times `scale`, a number or a vector (dim,)."""
+    """The parametrization of a branch's last weight: its outputs times `scale`, one number (1,) or one an output (dim,)."""
 
     def __init__(self, method: str, scale: Tensor, *, is_transposed: bool):
         super().__init__()

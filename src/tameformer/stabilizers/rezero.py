@@ -58,7 +58,7 @@ def rezero(
         for branch in found:
             key = branch.block if per == "layer" else branch.name
             weight = getattr(branch.output.module, branch.output.weight)
-            fresh = nn.Parameter(torch.tensor(init, dtype=weight.dtype, device=weight.device))
+            fresh = nn.Parameter(torch.tensor([init], dtype=weight.dtype, device=weight.device))
             homes.setdefault(key, scaled.scale(branch, homes.get(key, fresh)))
         undo.push(norms)
         if remove_norms:

@@ -37,9 +37,9 @@ from tameformer.stabilizers.sigma_weight import (
     by_shape,
     constant,
     effective_weight,
-    is_sharded,
 )
 from tameformer.stabilizers.weight_parts import Parts, Rows, Split, is_transposed, split_fused, weight_names, whole
+from tameformer.tensors import is_sharded
 
 __all__ = [
     "Rows",

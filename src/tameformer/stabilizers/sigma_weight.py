@@ -24,6 +24,7 @@ from tameformer.optim.followed import Followed
 from tameformer.shapes import Float
 from tameformer.stabilizers.power_iteration import image_and_sigma, leading_left, power_steps
 from tameformer.stabilizers.weight_parts import Parts
+from tameformer.tensors import gathered
 
 StepsAt = Callable[[int], int]
 """From the number of optimizer steps so far to the power steps to take after the next one."""
@@ -227,7 +228,7 @@ class SigmaReparam(nn.Module):
             return
         lengths = torch.stack([torch.linalg.vector_norm(left) for left in self.parts.split(self.left)])
         if bool(((lengths - 1).abs() > 1e-3).any()):
-            self.left.copy_(torch.cat([leading_left(one) for one in self._matrices(_gathered(self.weight.detach()))]))
+            self.left.copy_(torch.cat([leading_left(one) for one in self._matrices(gathered(self.weight.detach()))]))
         self._now.left_version = self.left._version
 
     def _apply(self, fn, recurse=True):
@@ -351,7 +352,7 @@ def _advance(due: Iterable[SigmaReparam]) -> None:
         matrices, lefts, images = [], [], []
         with _full_precision(members[0].left.device):
             for one in members:
-                of_one = one._matrices(_gathered(one.weight.detach()))
+                of_one = one._matrices(gathered(one.weight.detach()))
                 matrices += of_one
                 lefts += one.parts.split(one.left)
                 images += one._now.images or [None] * len(of_one)
@@ -379,12 +380,3 @@ def advance(model: nn.Module) -> None:
     this after it.
     """
     _advance([module for module in model.modules() if isinstance(module, SigmaReparam)])
-
-
-def is_sharded(weight: Tensor) -> bool:
-    """Whether this process may hold a part of the weight only."""
-    return hasattr(weight, "placements")
-
-
-def _gathered(weight: Tensor) -> Tensor:
-    return weight.full_tensor() if is_sharded(weight) else weight  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,15 +1,17 @@
 """The moving average of a model's weights: torch's `AveragedModel`, without its wait for the device."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from tameformer.tensors import local_part
 
 
 def averaged(model: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of the weights, beside the model; `advance` moves it.
 
     Args:
-        model: On its device already.
+        model: Whole: what is shared out over processes cannot be copied; share the average out, too.
         decay: What the average keeps of itself at each step.
 
     Example:
@@ -30,22 +32,24 @@ def advance(average: AveragedModel, model: nn.Module) -> None:
     """Take the model's present weights in; the first time they are the average.
 
     The same numbers as `average.update_parameters(model)`, which copies its count of steps to the device each time, and waits
-    there for all work before it.
+    there for all work before it; and parts of weights that are shared out over processes, which it does not know.
+
+    Args:
+        average: What `averaged` returned.
+        model: May have more buffers by now, such as those of `prior_decay`: they are no part of the average.
     """
-    if average.n_averaged == 0:
-        average.update_parameters(model)
-        return
+    states: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     pairs = [
-        pair
-        for mine, its in (
-            (average.module.parameters(), model.parameters()),
-            (average.module.buffers(), model.buffers()),
-        )
-        for pair in zip(mine, its, strict=True)
+        (local_part(mine.detach()), local_part(states[name].detach()))
+        for named in (average.module.named_parameters(), average.module.named_buffers())
+        for name, mine in named
     ]
     for is_float in (True, False):
-        alike = [(mine.detach(), its.detach()) for mine, its in pairs if mine.is_floating_point() == is_float]
-        if alike and average.multi_avg_fn is not None:
+        alike = [pair for pair in pairs if pair[0].is_floating_point() == is_float]
+        if alike and average.n_averaged == 0:
+            for mine, its in alike:
+                mine.copy_(its)
+        elif alike and average.multi_avg_fn is not None:
             mine, its = zip(*alike, strict=True)
             average.multi_avg_fn(mine, its, average.n_averaged)
     average.n_averaged += 1

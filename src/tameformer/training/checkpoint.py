@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from tameformer.errors import CheckpointError
 from tameformer.record import BEST, CHECKPOINTS, LATEST, write_atomically
+from tameformer.tensors import gathered, is_sharded
 
 MANIFEST, STATE = "manifest.json", "state.json"
 MODEL, OPTIMIZER, AVERAGE = "model.safetensors", "optimizer.safetensors", "average.safetensors"
@@ -64,15 +65,21 @@ class Snapshot:
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The state of a module by name, each tied tensor once under its first name, whole on every process."""
-    seen: set[tuple[Any, ...]] = set()
+    return {name: _whole(tensor) for name, tensor in _untied(model).items()}
+
+
+def _untied(model: nn.Module) -> dict[str, Tensor]:
+    """The same, of what is shared out over processes the part of this one."""
+    seen: set[Any] = set()
     tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        # A tie is the same memory seen the same way; empty tensors have no memory to share.
-        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        # A tie is the same memory seen the same way; empty tensors have no memory to share. A part of a sharded tensor may
+        # be empty on one process only, and all must agree: it is the same parameter.
+        place = id(tensor) if is_sharded(tensor) else (tensor.data_ptr(), *tensor.shape, *tensor.stride(), tensor.dtype)
         if tensor.numel() and place in seen:
             continue
         seen.add(place)
-        tensors[name] = _whole(tensor.detach())
+        tensors[name] = tensor.detach()
     return tensors
 
 
@@ -82,7 +89,7 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: Names or shapes do not fit; every mismatch is named.
     """
-    own = model_tensors(model)
+    own = _untied(model)
     problems = [f"{name} is missing" for name in own.keys() - tensors.keys()]
     problems += [f"{name} is not part of the model" for name in tensors.keys() - own.keys()]
     problems += [
@@ -101,7 +108,7 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def optimizer_tensors(optimizers: Sequence[Optimizer], model: nn.Module) -> dict[str, Tensor]:
     """The optimizer's state by parameter name (`<parameter>/<key>`), so that the order of parameters does not matter."""
     return {
-        f"{name}/{key}": _whole(value.detach()) if isinstance(value, Tensor) else torch.tensor(value)
+        f"{name}/{key}": _whole(value) if isinstance(value, Tensor) else torch.tensor(value)
         for name, optimizer, parameter in _owned(optimizers, model)
         for key, value in optimizer.state.get(parameter, {}).items()
         if value is not None
@@ -143,16 +150,18 @@ def _owned(optimizers: Sequence[Optimizer], model: nn.Module) -> Iterator[tuple[
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """The full tensor when it is sharded over processes (FSDP2), else itself."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # pyright: ignore
+    """The full tensor; one that had to be gathered goes to the processor, or each device would hold the whole model."""
+    tensor = tensor.detach()
+    return gathered(tensor).cpu() if is_sharded(tensor) else tensor
 
 
 def _sharded_like(like: Tensor, value: Tensor) -> Tensor:
-    if not hasattr(like, "full_tensor") or like.shape != value.shape:
+    if not is_sharded(like) or like.shape != value.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)  # pyright: ignore
+    # Every process has read the file: each takes its part, and nothing is sent.
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)  # pyright: ignore
 
 
 class CheckpointFolder:

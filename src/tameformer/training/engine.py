@@ -12,6 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from tameformer.training.sharding import is_shared_out
+
 
 class Engine:
     """One process's view of the device and of the other processes.
@@ -37,7 +39,9 @@ class Engine:
         return self._accelerator.is_main_process
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """The model on this process's device; wrapped to average gradients when there are several processes."""
+        """The model on this process's device; wrapped to average gradients, unless sharing it out has seen to that."""
+        if is_shared_out(model):
+            return model
         # Buffers are not broadcast: they are functions of the parameters or constants, equal on all ranks already.
         return cast(nn.Module, self._accelerator.prepare_model(model))
 
@@ -57,8 +61,13 @@ class Engine:
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
     def accumulate(self, model: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
-        """Around a backward pass: gradients are exchanged only in the last one of a step."""
-        return nullcontext() if last or self.world_size == 1 else self._accelerator.no_sync(model)
+        """Around a backward pass: DDP exchanges gradients in the last one of a step only.
+
+        FSDP2 does in each: it would have to keep whole gradients meanwhile, and not to keep them is what it is for.
+        """
+        if last or self.world_size == 1 or is_shared_out(model):
+            return nullcontext()
+        return self._accelerator.no_sync(model)
 
     def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The batch on this process's device; copies do not wait when the source is pinned."""

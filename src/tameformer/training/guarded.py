@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 from tameformer.readings import Readings
 from tameformer.training.average import advance
@@ -51,7 +50,6 @@ class GuardedSteps:
         run: Whose steps they are.
         engine: Device and processes.
         model: As `engine.prepare` returned it.
-        average: The average of the weights, which takes part in every step that is taken.
         progress: Where the run stands.
         listener: Told of what is out of the ordinary.
         stop: Asked for in every step, so that all processes know of it.
@@ -62,12 +60,11 @@ class GuardedSteps:
         run: Run,
         engine: Engine,
         model: nn.Module,
-        average: AveragedModel | None,
         progress: Progress,
         listener: Listener,
         stop: StopRequest,
     ) -> None:
-        self.run, self.engine, self.model, self.average = run, engine, model, average
+        self.run, self.engine, self.model = run, engine, model
         self.progress, self.listener, self.stop = progress, listener, stop
         self._pending: _Pending | None = None
         self._setback: Setback | None = None
@@ -109,8 +106,8 @@ class GuardedSteps:
         loss, norm, taken = numbers["loss"] / result.num_items, numbers["norm"], bool(numbers["taken"])
         if taken:
             pending.interval.add(loss, norm, result.num_items, clip={key: numbers[key] for key in result.clip})
-            if self.average is not None:
-                advance(self.average, self.run.model)
+            if self.run.average is not None:
+                advance(self.run.average, self.run.model)
         else:
             pending.interval.num_skipped += 1
             progress.skipped += 1

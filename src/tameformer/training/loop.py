@@ -10,11 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
-
 from tameformer.errors import DivergedError
-from tameformer.training.average import averaged
 from tameformer.training.checkpoint import CheckpointFolder, Snapshot, load
 from tameformer.training.engine import Engine, evaluating
 from tameformer.training.events import Listener
@@ -24,6 +20,7 @@ from tameformer.training.progress import Progress, Status
 from tameformer.training.run import Evaluation, Run, Watch
 from tameformer.training.saver import Saver
 from tameformer.training.selection import Selection
+from tameformer.training.sharding import whole
 from tameformer.training.signals import StopRequest
 from tameformer.training.step import Batch, StepResult
 
@@ -56,13 +53,12 @@ class Loop:
     ) -> None:
         self.run, self.engine, self.listener = run, engine, listener
         self.model = engine.prepare(run.model)
-        self.average: AveragedModel | None = None
-        if run.ema_decay is not None:
-            self.average = averaged(run.model, run.ema_decay)
+        if run.average is not None:  # its count stays where it can be read without waiting
+            run.average.module.to(engine.device)
         self.progress = Progress(Selection(run.checkpoint.best_metric, run.checkpoint.best_mode))
         self.log = Log(run, self.progress, listener, at_once=self._is_synchronous)
-        self.steps = GuardedSteps(run, engine, self.model, self.average, self.progress, listener, stop)
-        self.saver = Saver(run, engine, checkpoints, self.average, self.progress, listener)
+        self.steps = GuardedSteps(run, engine, self.model, self.progress, listener, stop)
+        self.saver = Saver(run, engine, checkpoints, self.progress, listener)
 
     @property
     def step(self) -> int:
@@ -220,8 +216,8 @@ class Loop:
             self._save(best=is_best)
 
     def _measure(self, evaluation: Evaluation, prefix: str, *, judged: bool = True) -> dict[str, float]:
-        model = self.run.model if self.average is None else cast(nn.Module, self.average.module)
-        with self.log.off_the_clock(), evaluating(model), self.engine.autocast():
+        model = self.run.model if self.run.average is None else self.run.average.module
+        with self.log.off_the_clock(), evaluating(model), whole(model), self.engine.autocast():
             values = {f"{prefix}/{key}": value for key, value in evaluation(self.engine, model).items()}
         self.log.write_evaluation(values, judged=judged)
         return values

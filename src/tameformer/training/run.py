@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from tameformer.optim.clipping import Clip
 from tameformer.training.checkpoint import CheckpointConfig
@@ -137,8 +138,8 @@ class Run:
     """What `num_items` counts: "samples" or "tokens"."""
     clip: Clip
     """Makes the gradients of these optimizers smaller where it sees fit."""
-    ema_decay: float | None = None
-    """Decay of the average of the weights that is evaluated and saved."""
+    average: AveragedModel | None = None
+    """The moving average of the weights, which is evaluated and saved in addition."""
     evaluate: Evaluation | None = None
     """Metrics during the run."""
     test: Evaluation | None = None

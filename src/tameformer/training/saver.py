@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from torch.optim.swa_utils import AveragedModel
-
 from tameformer.errors import DivergedError
 from tameformer.training.checkpoint import (
     CheckpointFolder,
@@ -29,7 +27,6 @@ class Saver:
         run: What is saved.
         engine: Device and processes; every process calls every method.
         checkpoints: Where checkpoints go.
-        average: The average of the weights, which is part of a checkpoint.
         progress: Where the run stands, which is part of a checkpoint, too.
         listener: Told of what was saved and what was not.
     """
@@ -39,11 +36,10 @@ class Saver:
         run: Run,
         engine: Engine,
         checkpoints: CheckpointFolder,
-        average: AveragedModel | None,
         progress: Progress,
         listener: Listener,
     ) -> None:
-        self.run, self.engine, self.checkpoints, self.average = run, engine, checkpoints, average
+        self.run, self.engine, self.checkpoints = run, engine, checkpoints
         self.progress, self.listener = progress, listener
         self._saved_step: int | None = None
 
@@ -132,7 +128,7 @@ class Saver:
         return Snapshot(
             model=model_tensors(run.model),
             optimizer=optimizer_tensors(run.optimizers, run.model),
-            average={} if self.average is None else model_tensors(self.average),
+            average={} if run.average is None else model_tensors(run.average),
             state={
                 **self.progress.state(),
                 "guard": run.guard.state(),
@@ -150,8 +146,8 @@ class Saver:
         run, state = self.run, snapshot.state
         load_model_tensors(run.model, snapshot.model)
         load_optimizer_tensors(run.optimizers, run.model, snapshot.optimizer)
-        if self.average is not None:
-            load_model_tensors(self.average, snapshot.average)
+        if run.average is not None:
+            load_model_tensors(run.average, snapshot.average)
         self.progress.load(state, max_steps=run.max_steps)
         self._saved_step = self.progress.step
         run.guard.load(state["guard"])

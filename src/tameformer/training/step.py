@@ -20,8 +20,10 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from tameformer.errors import OutOfMemoryError
 from tameformer.optim.clipping import Clip, Norms
+from tameformer.tensors import gathered, is_sharded
 from tameformer.training.engine import Engine
 from tameformer.training.memory import Batch, in_parts, is_out_of_memory, num_rows
+from tameformer.training.sharding import is_shared_out
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 """The loss of a batch, summed (not averaged) over its `num_items` targets."""
@@ -189,9 +191,9 @@ class _Backward:
                 raise OutOfMemoryError(
                     f"memory runs out with one sample at a time: {error}; try a smaller model"
                 ) from error
-            if self.is_exchanging:
+            if self.is_exchanging or is_shared_out(self._model):
                 raise OutOfMemoryError(
-                    f"memory ran out while gradients were exchanged between processes, which cannot be repeated: "
+                    f"memory ran out while weights or gradients were exchanged between processes, which cannot be repeated: "
                     f"{error}; resume with twice the gradient_accumulation_steps"
                 ) from error
             return None
@@ -253,7 +255,7 @@ def can_refuse_on_device(optimizers: Sequence[Optimizer]) -> bool:
         and len(optimizer.state) > 0
         and not optimizer._optimizer_step_pre_hooks
         and not optimizer._optimizer_step_post_hooks
-        and not any(hasattr(p, "full_tensor") for group in optimizer.param_groups for p in group["params"])
+        and not any(is_sharded(p) for group in optimizer.param_groups for p in group["params"])
         for optimizer in optimizers
     )
 
@@ -271,4 +273,4 @@ def told_to_refuse(optimizers: Sequence[Optimizer], refused: Tensor) -> Iterator
 
 
 def _is_broken(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and not bool(parameter.grad.isfinite().all())
+    return parameter.grad is not None and not bool(gathered(parameter.grad).isfinite().all())
