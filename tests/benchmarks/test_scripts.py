@@ -19,11 +19,13 @@ SCRIPTS = [
     "profile_step",
     "probes",
     "stabilizers",
+    "entropy_cost",
     "entropy_sampling",
     "complexity",
     "guard",
     "finetune",
     "finetune_table",
+    "scaling",
 ]
 
 
