@@ -23,15 +23,11 @@ from write_up import Table, parser, set_threads, write
 from tameformer.patch import Observer
 from tameformer.probes import PROBES, Probe, Watch, default_probes
 from tameformer.probes.attention_entropy import AttentionEntropy
-from tameformer.probes.exact_attention_entropy import ExactAttentionEntropy
 from tameformer.readings import Readings
 
 Watches = dict[str, Watch]
-NOTES = [
-    "Floor of 32 rows: 2 r T D a head and sequence looked at, over 14 T^2 D for attention itself: r / 7T of attention.",
-    "Floor of the exact form: the scores once more, 2 of 14 T^2 D, 14 % of attention, over its share of the step.",
-    "Floor of the others: 8 to 12 bytes a parameter, against 28 for AdamW's update.",
-]
+Found = dict[str, tuple[Quartiles, float, float]]
+NOTES = ["Floor of all but attention entropy: 8 to 12 bytes a parameter, against 28 for AdamW's update."]
 EVENTS = [name for name in vars(Observer) if name.startswith("on_")]
 
 
@@ -81,7 +77,7 @@ class Stopwatch:
 
 def compare(
     subject: Subject, watches: Watches, *, rounds: int, seed: int = 0, also: dict[str, str] | None = None
-) -> dict[str, tuple[Quartiles, float, float]]:
+) -> Found:
     """By variant: time over the plain step, extra peak memory in MiB, and the callbacks' share of the plain step.
 
     Args:
@@ -119,16 +115,7 @@ def compare(
     return found
 
 
-def entropy_watches(model: nn.Module, optimizer: AdamW) -> Watches:
-    """The ways of measuring attention entropy."""
-    return {
-        "32 rows, one sequence (default)": Watch(model, [(AttentionEntropy(), 1)], optimizers=[optimizer]),
-        "32 rows, every sequence": Watch(model, [(AttentionEntropy(), 1)], optimizers=[optimizer], sequences=None),
-        "exact, every query": Watch(model, [(ExactAttentionEntropy(), 1)], optimizers=[optimizer], sequences=None),
-    }
-
-
-def other_watches(model: nn.Module, optimizer: AdamW) -> Watches:
+def watches_of(model: nn.Module, optimizer: AdamW) -> Watches:
     """Every probe alone, all but attention entropy together, and all together; each at every step."""
     alone = {
         name: Watch(model, [(build(model, [optimizer]), 1)], optimizers=[optimizer]) for name, build in PROBES.items()
@@ -142,26 +129,30 @@ def other_watches(model: nn.Module, optimizer: AdamW) -> Watches:
     }
 
 
-def table_of(title: str, found: dict[str, tuple[Quartiles, float, float]]) -> Table:
+def table_of(title: str, found: Found) -> Table:
+    """As a person reads it."""
     table = Table(title, ["variant, at every step", "time / plain", "extra peak MiB", "callbacks' share of a step"])
     for name, (ratio, extra, share) in found.items():
         table.rows.append([name, ratio.show(), f"{extra:+.1f}", f"{100 * share:.2f} %"])
     return table
 
 
-def sizes(*, quick: bool) -> tuple[list[Size], list[Size]]:
-    """Of the tables of attention entropy, and of those of all probes."""
+def sizes(*, quick: bool) -> list[Size]:
+    """Of the tables."""
     if quick:
-        size = Size(num_layers=1, dim=32, num_heads=4, seq=16, batch=4)
-        return [size], [dataclasses.replace(size, batch=2)]
+        return [Size(num_layers=1, dim=32, num_heads=4, seq=16, batch=2)]
     if device().type != "cpu":
-        return [dataclasses.replace(GPT2, seq=seq, batch=GPT2.tokens // seq) for seq in (128, 512, 1024)], [GPT2]
-    small = Size(num_layers=6, dim=256, num_heads=4, seq=128, batch=16)
+        return [GPT2]
     middle = Size(num_layers=12, dim=256, num_heads=4, seq=256, batch=2)
-    return (
-        [dataclasses.replace(small, seq=seq, batch=small.tokens // seq) for seq in (128, 512, 1024)],
-        [middle, dataclasses.replace(middle, batch=16)],
-    )
+    return [middle, dataclasses.replace(middle, batch=16)]
+
+
+def raw_numbers(found: Found) -> dict[str, dict[str, object]]:
+    """What `compare` found, for the file."""
+    return {
+        name: {"ratio": dataclasses.asdict(ratio), "extra_peak_mib": extra, "share": share}
+        for name, (ratio, extra, share) in found.items()
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -171,32 +162,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_threads(given.threads)
     rounds = 2 if given.quick else given.rounds
     tables, raw = [], {}
-    by_length, by_tokens = sizes(quick=given.quick)
-    for size in by_length:
+    for size in sizes(quick=given.quick):
         subject = Subject(size)
-        watches = entropy_watches(subject.model, subject.optimizers["fused"])
-        raw[f"entropy, T={size.seq}"] = found = compare(subject, watches, rounds=rounds)
-        tables.append(table_of(f"Attention entropy of all heads: {size.show()}, causal", found))
-    for size in by_tokens:
-        subject = Subject(size)
-        watches = other_watches(subject.model, subject.optimizers["fused"])
+        watches = watches_of(subject.model, subject.optimizers["fused"])
         also = {"unwatched, torch's default AdamW": "default"}
         few = max(2, rounds // (1 if size.tokens < 1000 else 4))
-        raw[f"all probes, {size.tokens} tokens"] = found = compare(subject, watches, rounds=few, also=also)
+        found = compare(subject, watches, rounds=few, also=also)
+        raw[f"all probes, {size.tokens} tokens"] = raw_numbers(found)
         table = table_of(f"Every probe: {size.show()}", found)
         entropy, rest = found["attention_entropy"], found["all but attention entropy"]
         at_cadence = 1 + (entropy[0].median - 1) / 10 + (rest[0].median - 1) / 50
         table.rows.append(["default set at its cadence (10; 50), from the rows above", f"{at_cadence:.4f}", "", ""])
         tables.append(table)
-    numbers = {
-        title: {
-            name: {"ratio": dataclasses.asdict(ratio), "extra_peak_mib": extra, "share": share}
-            for name, (ratio, extra, share) in found.items()
-        }
-        for title, found in raw.items()
-    }
     name = "probes" if device().type == "cpu" else f"probes_{device().type}"
-    write(name, tables, about=__doc__ or "", notes=NOTES, raw=numbers, options=given)
+    write(name, tables, about=__doc__ or "", notes=NOTES, raw=raw, options=given)
 
 
 if __name__ == "__main__":
