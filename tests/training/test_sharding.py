@@ -91,6 +91,8 @@ def test_recipes_train_as_with_whole_weights(tmp_path, recipes):
     kept = [event["message"] for event in RunReader(tmp_path / "halting-fsdp").events() if event["kind"] == "fsdp"]
     assert len(kept) == 1
     assert "this process keeps" in kept[0]
+    (unseen,) = (event for event in RunReader(tmp_path / "halting-fsdp").events() if event["kind"] == "unseen")
+    assert "halting.weight: a DTensor, of which this process may hold a part only" in "".join(unseen["unseen"])
 
 
 @pytest.mark.timeout(600)

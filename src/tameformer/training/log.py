@@ -1,7 +1,7 @@
 """What becomes of measurements: they move to the host, are written as a line of the log, and the detectors judge them."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -42,6 +42,7 @@ class Log:
     def __init__(self, run: Run, progress: Progress, listener: Listener, *, at_once: bool) -> None:
         self.run, self.progress, self.listener, self.at_once = run, progress, listener, at_once
         self._begun: list[_Line] = []
+        self._told: set[str] = set()
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -83,6 +84,19 @@ class Log:
                 self.listener.on_probe(line.step, measured)
             self._judge(line.step, {"train/lr": line.rate, **logged, **measured})
 
+    def tell_unseen(self, unseen: Sequence[str]) -> None:
+        """Say what could not be measured, each once: the event has all names, its message the first few of each reason."""
+        new = [text for text in unseen if text not in self._told]
+        if not new:
+            return
+        self._told.update(new)
+        by_reason: dict[str, list[str]] = {}
+        for text in new:
+            name, _, reason = text.partition(": ")
+            by_reason.setdefault(reason, []).append(name)
+        told = "; ".join(f"{_first_few(names)}: {reason}" for reason, names in by_reason.items())
+        self.listener.on_event(self.progress.step, "unseen", f"not measured: {told}", {"unseen": new})
+
     def forget(self) -> None:
         """Write none of the lines that were begun: the run went back to before them."""
         self._begun = []
@@ -112,3 +126,8 @@ class Log:
         """Tell what the detectors make of a step's measurements."""
         for verdict in self.run.detectors.observe(step, values) if self.run.detectors is not None else ():
             self.listener.on_event(step, "verdict", str(verdict), verdict.details)
+
+
+def _first_few(names: Sequence[str], few: int = 4) -> str:
+    more = len(names) - few
+    return ", ".join(names[:few]) + (f" and {more} more" if more > 0 else "")

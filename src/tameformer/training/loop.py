@@ -109,6 +109,8 @@ class Loop:
                     continue
                 if logged or watch is not None:
                     self.log.begin_line({} if watch is None else watch.read(), ends_interval=logged)
+                if watch is not None:
+                    self.log.tell_unseen(watch.unseen())
                 if self._evaluation_due():
                     self._evaluate_and_save()
                 elif self._every(run.checkpoint.every, progress.step):

@@ -71,6 +71,10 @@ class Watch(Protocol):
         """What the last watched step gave, on the device, by `diag/<quantity>/<layer>`; a vector has a value a head."""
         ...
 
+    def unseen(self) -> Sequence[str]:
+        """What could not be measured so far, as `name: reason`."""
+        ...
+
     def summary(self, values: Mapping[str, float]) -> Mapping[str, float]:
         """A few numbers for the log of the run, from the values on the host by `diag/<quantity>/<layer>[/<head>]`."""
         ...
