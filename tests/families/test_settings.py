@@ -182,6 +182,8 @@ def test_two_processes(two_processes, name, kind):
     watching, other = two_processes(name, kind)
     assert watching["same"]
     assert other["same"]
+    layers = [key.split("/", 2)[2] for key in watching["narrow"] if key.startswith("diag/attention_entropy/")]
+    assert layers == list(FAMILIES[name].attention_layers())
     values, single = watching["values"], watching["single"]
     untold = set(single) - set(values)
     unseen = [line.split(":")[0] for line in watching["unseen"]]

@@ -16,7 +16,7 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
-    from zoo import FAMILIES, run_steps
+    from zoo import FAMILIES, attention_alone, run_steps
 
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -39,9 +39,11 @@ def main(rank: int, folder: Path, names: list[str]) -> None:
             dropout = [
                 run_steps(wrapped(family.model(), family), half, watched=watched) for watched in (False, rank == 0)
             ]
+            narrow = run_steps(wrapped(family.model(), family), half, watched=rank == 0, probes=attention_alone)
             values = run_steps(wrapped(family.model().eval(), family), inputs, watched=rank == 0, steps=2)
             found = {
-                "same": dropout[0].same_run(dropout[1]),
+                "same": dropout[0].same_run(dropout[1]) and dropout[0].same_run(narrow),
+                "narrow": list(narrow.readings.get(4, {})),
                 "unseen": values.unseen,
                 "values": {key: value.tolist() for key, value in values.readings.get(2, {}).items()},
                 "single": {key: value.tolist() for key, value in single.readings[2].items()},

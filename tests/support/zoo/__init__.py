@@ -3,9 +3,9 @@
 from zoo.family import Family, main_output
 from zoo.other_libraries import HUGGING_FACE, TIMM
 from zoo.ours import TAME
-from zoo.steps import run_steps, traces
+from zoo.steps import attention_alone, run_steps, traces
 from zoo.torch_nn import TORCH
 
-__all__ = ["FAMILIES", "Family", "main_output", "run_steps", "traces"]
+__all__ = ["FAMILIES", "Family", "attention_alone", "main_output", "run_steps", "traces"]
 
 FAMILIES = {family.name: family for family in [*TORCH, *TAME, *HUGGING_FACE, TIMM]}

@@ -2,14 +2,14 @@
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tameformer.probes import Watch, default_probes
+from tameformer.probes import AttentionEntropy, Probe, Watch, default_probes
 from zoo.family import main_output
 
 
@@ -41,12 +41,11 @@ def run_steps(
     micro_batches: int = 1,
     autocast: bool = False,
     sequences: int | None = 1,
+    probes: Callable[..., Sequence[Probe]] = default_probes,
 ) -> Trained:
-    """Some steps of AdamW, every second one watched by all probes, and a check that they left nothing behind."""
+    """Some steps of AdamW, every second one watched by these probes, and a check that they left nothing behind."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    watch = Watch(
-        model, [(p, 2) for p in default_probes(model, [optimizer])], optimizers=[optimizer], sequences=sequences
-    )
+    watch = Watch(model, [(p, 2) for p in probes(model, [optimizer])], optimizers=[optimizer], sequences=sequences)
     before = traces(model, optimizer)
     losses, readings = [], {}
     torch.manual_seed(1)
@@ -65,6 +64,11 @@ def run_steps(
         assert traces(model, optimizer) == before
     weights = [getattr(p, "_local_tensor", p).detach().clone() for p in model.parameters()]
     return Trained(losses, weights, torch.get_rng_state(), readings, watch.unseen())
+
+
+def attention_alone(*_: Any) -> list[Probe]:
+    """The probe for which a second look is at the sites of attention alone."""
+    return [AttentionEntropy()]
 
 
 def own_attributes(thing: Any) -> list[str]:
