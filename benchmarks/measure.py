@@ -5,6 +5,7 @@ order each round. Ratios are taken inside a round, so that what slows the machin
 """
 
 import contextlib
+import multiprocessing
 import random
 import re
 import threading
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -111,6 +113,45 @@ class Paused:
             raise RuntimeError("the loop ended before it was told to; give it more steps")
 
 
+class Elsewhere:
+    """A paused loop in a forked process of its own: for loops with several threads.
+
+    OpenMP keeps threads for each thread that asks for some. Where loops in one process have more of them together than there
+    are cores, none waits actively any more, and every operation of every loop pays for waking its helpers. Start it before
+    anything ran on several threads: a fork does not take those along.
+
+    Args:
+        loop: What is let go.
+        told: Asked when the loop has ended; what it returns there is what `close` returns here.
+    """
+
+    def __init__(self, loop: TrainingLoop, told: Callable[[], object]) -> None:
+        context = multiprocessing.get_context("fork")
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=self._serve, args=(theirs, loop, told), daemon=True)
+        self._process.start()
+
+    def advance(self, steps: int) -> tuple[float, float]:
+        """Run some steps; returns the processor's and the wall clock's seconds."""
+        self._ours.send(steps)
+        return self._ours.recv()
+
+    def close(self) -> Any:
+        """Let the loop end; returns what it tells."""
+        self._ours.send(0)
+        told = self._ours.recv()
+        self._process.join()
+        return told
+
+    @staticmethod
+    def _serve(pipe: Any, loop: TrainingLoop, told: Callable[[], object]) -> None:
+        paused = Paused(loop)
+        while steps := pipe.recv():
+            pipe.send(paused.advance(steps))
+        paused.close()
+        pipe.send(told())
+
+
 Timings = Mapping[str, list[tuple[float, float]]]
 """By variant, for each round, the processor's and the wall clock's seconds of one step."""
 
@@ -119,7 +160,7 @@ Hooks = tuple[Callable[[], object], Callable[[], object]]
 
 
 def interleaved(
-    loops: Mapping[str, TrainingLoop],
+    loops: Mapping[str, TrainingLoop | Elsewhere],
     *,
     rounds: int,
     steps: int,
@@ -130,7 +171,7 @@ def interleaved(
     """Time a step of every loop in turns.
 
     Args:
-        loops: By name.
+        loops: By name; or started already, `Elsewhere`.
         rounds: How often each loop has its turn.
         steps: Steps in a turn.
         warmup: Steps before the first timed turn.
@@ -138,10 +179,10 @@ def interleaved(
         around: From a loop's name to what is called before and after each of its turns, outside the clock.
     """
     order = random.Random(seed)
-    paused: dict[str, Paused] = {}
+    paused: dict[str, Paused | Elsewhere] = {}
     try:
         for name, loop in loops.items():
-            paused[name] = Paused(loop)
+            paused[name] = loop if isinstance(loop, Elsewhere) else Paused(loop)
             paused[name].advance(warmup)
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in loops}
         for _ in range(rounds):
@@ -153,7 +194,8 @@ def interleaved(
                 seconds[name].append((processor / steps, wall / steps))
     finally:
         for loop in paused.values():
-            loop.close()
+            if isinstance(loop, Paused):
+                loop.close()
     return seconds
 
 

@@ -9,9 +9,10 @@ import dataclasses
 import statistics
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
-from measure import clock, interleaved, quartiles, ratio
+from measure import Elsewhere, clock, interleaved, quartiles, ratio
 from subjects import CHARACTER, TINY, bare, ours, run_of, same_windows, text_of
 from write_up import Table, parser, set_threads, write
 
@@ -38,16 +39,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = dataclasses.replace(TINY, seq=8) if given.quick else CHARACTER
     rounds, steps, warmup = (2, 10, 10) if given.quick else (given.rounds, 20, 10)
     text = text_of(size, 5_000 if given.quick else 300_000)
-    auto = chosen(size, text)
     losses: dict[str, list[float]] = {}
     loops = {"bare fp32": bare(size, text, batches=same_windows, losses=losses.setdefault("bare fp32", []))}
     for name in PRECISIONS:
-        shown = f"ours {name}" + (" (auto)" if name == auto else "")
-        loops[shown] = ours(size, text, precision=name, losses=losses.setdefault(shown, []))
+        loops[f"ours {name}"] = ours(size, text, precision=name, losses=losses.setdefault(f"ours {name}", []))
     if given.compile:
         loops["bare fp32, compiled"] = bare(size, text, batches=same_windows, compiled=True)
         loops["ours fp32, compiled"] = ours(size, text, compiled=True)
-    timings = interleaved(loops, rounds=rounds, steps=steps, warmup=warmup)
+    if given.threads > 1:
+        started = {name: Elsewhere(loop, partial(losses.get, name)) for name, loop in loops.items()}
+        auto = chosen(size, text)
+        timings = interleaved(started, rounds=rounds, steps=steps, warmup=warmup)
+        losses = {name: told for name, loop in started.items() if (told := loop.close()) is not None}
+    else:
+        auto = chosen(size, text)
+        timings = interleaved(loops, rounds=rounds, steps=steps, warmup=warmup)
     seconds = clock(timings, threads=given.threads)
     # Ours tells the mean of 10 steps; the bare loop's losses are averaged over the same steps.
     bare_losses = losses["bare fp32"]
@@ -64,14 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ms = quartiles([1e3 * second for second in seconds[name]])
         table.rows.append(
             [
-                name,
+                name + (" (auto)" if name == f"ours {auto}" else ""),
                 ms.show(1),
                 f"{size.tokens / ms.median * 1e3:,.0f}",
                 ratio(seconds, name, "bare fp32").show(),
                 f"{final[name]:.4f}" if name in final else "",
             ]
         )
-    auto_name = f"ours {auto} (auto)"
+    auto_name = f"ours {auto}"
     device = torch.device("cpu")
     notes = [
         f"`precision: auto` chose {auto} among {', '.join(candidates(device))}: "

@@ -55,7 +55,8 @@ def set_threads(threads: int) -> None:
     import torch
 
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads would charge one loop for another's wait
+    if threads == 1:  # the processor's time counts: spinning threads would charge one loop for another's wait
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     torch.set_num_threads(threads)
 
 
@@ -83,7 +84,7 @@ def write(
         "Processor": f"{where['hardware']['processor']}, {where['hardware']['cores']} cores, load {where['load']}",
         "Accelerators": ", ".join(where["hardware"]["accelerators"]) or "none",
         "Versions": ", ".join(f"{package} {number}" for package, number in where["versions"].items()),
-        "Threads": str(where["threads"]),
+        "Threads": f"{where['threads']}, OMP_WAIT_POLICY {where['wait_policy']}",
         "Commit": (where["git"].get("commit") or "unknown")[:10]
         + (" with changes" if where["git"].get("dirty") else ""),
         "Date": where["started"],
@@ -129,6 +130,7 @@ def machine(threads: int) -> dict[str, Any]:
     found["command"] = [script.name, *arguments]  # without the folders of one machine
     found["shell"] = shlex.join(["python", f"benchmarks/{script.name}", *arguments])
     found["threads"] = threads
+    found["wait_policy"] = os.environ.get("OMP_WAIT_POLICY", "not set")
     found["load"] = " ".join(f"{load:.1f}" for load in os.getloadavg())
     found["bf16_instructions"] = _bf16()
     return found
