@@ -251,3 +251,14 @@ def test_numbers_are_short_and_say_when_they_are_none():
         "Evaluation CER",
         "Evaluation BLEU lowercased",
     ]
+
+
+def test_probed_values_that_are_not_finite_are_told_with_where_the_first_was():
+    log = {"train/loss": series(2.0, 1.5, 1.0)}
+    heads = {"diag/attention_entropy/b/0": (1.0, 1.0, 1.0), "diag/attention_entropy/b/1": (1.0, NAN, NAN)}
+    values = {**heads, "diag/activation_rms/a": (1.0, 1.0, INF)}
+    lines = [{"step": 10 * at, **{key: some[at] for key, some in values.items()}} for at in range(3)]
+    told = [finding.text for finding in judge(run(log, probes=lines)).findings]
+    assert "3 probed values are not finite, first at step 10 (attention entropy in b, head 1)." in told
+    told = [finding.text for finding in judge(run(log, probes=lines[:1])).findings]
+    assert not any("not finite" in one for one in told)
