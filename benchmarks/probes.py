@@ -42,11 +42,15 @@ class Subject:
         }
         self.batch = [one.to(device()) for one in random_tokens(size)]
 
+    def autocast(self) -> torch.autocast:
+        """bf16 on an accelerator."""
+        return torch.autocast(device().type, torch.bfloat16, enabled=device().type != "cpu")
+
     def step(self, watch: Watch | None, optimizer: str = "fused") -> None:
         """Forward, backward, update, and the numbers on the host."""
         watching: AbstractContextManager[None] = nullcontext() if watch is None else watch.watching(1)
         with watching:
-            with torch.autocast(device().type, torch.bfloat16, enabled=device().type != "cpu"):
+            with self.autocast():
                 loss = mean_loss(self.model, *self.batch)
             loss.backward()
             self.optimizers[optimizer].step()
