@@ -6,6 +6,7 @@ start from the singular vector itself, by a decomposition of small matrices and 
 Kahan 1965), where the same number of products is worth far more than in a power iteration.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -96,11 +97,12 @@ def power_steps(
         images: `image_and_sigma` of the matrices before they changed, which saves a product; None computes it.
         steps: How many.
     """
+    if all(matrix.device.type == "cpu" for matrix in matrices):
+        return [_one(*given, steps) for given in zip(matrices, lefts, images, strict=True)]
     found: list[Tensor] = list(lefts)
     alike: dict[tuple, list[int]] = {}
     for place, matrix in enumerate(matrices):
-        on_processor = matrix.device.type == "cpu"
-        key = (place,) if on_processor else (matrix.shape, matrix.dtype, matrix.device, images[place] is None)
+        key = (matrix.shape, matrix.dtype, matrix.device, images[place] is None)
         alike.setdefault(key, []).append(place)
     batches = [
         members[start : start + size]
@@ -141,5 +143,8 @@ def _stacked(stack: Tensor, left: Tensor, image: Tensor | None, steps: int) -> T
 
 
 def _unit_or(vector: Tensor, other: Tensor) -> Tensor:
+    if vector.device.type == "cpu" and vector.ndim == 1:  # where reading a number costs less than four operations
+        length = torch.linalg.vector_norm(vector).item()
+        return vector / length if 0 < length < math.inf else other
     length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
     return torch.where(length.isfinite() & (length > 0), vector / length, other)

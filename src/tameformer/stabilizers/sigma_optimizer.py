@@ -155,7 +155,7 @@ class SigmaBesideOptimizer:
         steps = self.steps_at(self.updates)
         for place, (one, stored) in enumerate(zip(self._ones, self._stored, strict=True)):
             lefts = power_steps(one.parts.of(stored), one.parts.split(one.left), self._images[place], steps=steps)
-            one.left.copy_(torch.cat(lefts))
+            one.left.copy_(lefts[0] if len(lefts) == 1 else torch.cat(lefts))
             self._images[place], self._sigmas[place] = self._write_one(place)  # the weight is still in the cache
         self.updates += 1
 
