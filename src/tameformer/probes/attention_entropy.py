@@ -2,7 +2,7 @@
 
 Each row is exact: its logits are computed from queries and keys, in float32, whatever kernel the model uses. Only the mean
 over rows is an estimate, and its standard error is measured with it. 32 rows of one sequence are computed in less than 1 % of
-a step from 128 tokens up; what it costs to see the calls stands beside that in `benchmarks/results/probes.md`.
+a step from 128 tokens up: `benchmarks/results/entropy_cost.md`.
 """
 
 import math
