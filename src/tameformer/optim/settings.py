@@ -30,6 +30,9 @@ class OptimConfig:
     shorter steps where gradients outgrow the second moment."""
     peak_lr: float = 1e-3
     """Largest learning rate that the schedule reaches."""
+    base_batch_size: int | None = None
+    """The batch size that the rates are for: with another one they are scaled, by the ratio (sgd, lars) or its square root.
+    In the unit of the recipe's batches: samples, tokens or frames. Null takes the rates as they are."""
     adamw_lr: float | None = None
     """With `muon`: the peak rate of everything that is not a hidden matrix; null takes `peak_lr`."""
     weight_decay: float = 0.01
@@ -60,6 +63,8 @@ class OptimConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"optim.{name} must be positive, got {value}")
+        if self.base_batch_size is not None and self.base_batch_size < 1:
+            raise ValueError(f"optim.base_batch_size must be at least 1, got {self.base_batch_size}")
         if self.weight_decay < 0:
             raise ValueError(f"optim.weight_decay must not be negative, got {self.weight_decay}")
         for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("momentum", self.momentum)):

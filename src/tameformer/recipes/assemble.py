@@ -18,7 +18,7 @@ from tameformer.errors import ConfigError
 from tameformer.health import Policy
 from tameformer.models import Architecture
 from tameformer.nn.attention import set_compute_dtype
-from tameformer.optim import clip, optimizers, schedule, warmup_steps
+from tameformer.optim import OptimConfig, clip, for_batch_size, optimizers, schedule, warmup_steps
 from tameformer.recipes.config import RecipeConfig
 from tameformer.recipes.stabilize import PROFILE, apply_methods
 from tameformer.record import CHECKPOINTS
@@ -93,7 +93,7 @@ def assemble(
     if config.overfit_batches is not None:
         plan = FirstBatches(plan, config.overfit_batches)
         warnings = replace(warnings, over_fitting=None)  # it is what was asked for
-    max_steps = num_steps(config, plan)
+    max_steps, optim = num_steps(config, plan), _for_batch_size(config)
     try:
         rates = schedule(config.optim, total_steps=max_steps)
     except ValueError as error:
@@ -114,7 +114,7 @@ def assemble(
             share_out(one, device=cast(torch.device, PartialState().device))
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     # Everything outside the layers is an embedding, a stem or an output head.
-    updated_by = optimizers(model, config.optim, is_hidden=lambda name: ".layers." in name)
+    updated_by = optimizers(model, optim, is_hidden=lambda name: ".layers." in name)
     return Run(
         model=model,
         loss=loss,
@@ -158,6 +158,19 @@ def _stabilized(
     except ValueError as error:
         raise ConfigError(f"stabilize: {error}") from error
     return loss, profiled
+
+
+def _for_batch_size(config: RecipeConfig) -> OptimConfig:
+    """The rates for the batches that the recipe's `data` section asks for."""
+    if config.optim.base_batch_size is None:
+        return config.optim
+    data = getattr(config, "data", None)
+    for name in ("batch_size", "max_tokens", "max_frames"):
+        if isinstance(value := getattr(data, name, None), int):
+            return for_batch_size(config.optim, value)
+    raise ConfigError(
+        "optim.base_batch_size scales rates by data.batch_size, which this recipe does not have; leave it out"
+    )
 
 
 def _set_attention_dtype(models: Sequence[nn.Module], dtype: torch.dtype | None) -> None:

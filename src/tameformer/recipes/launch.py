@@ -204,6 +204,10 @@ def _opening_events(
         )
     else:
         events.append(("resume", f"continues from {checkpoint.name}", {"max_steps": run.max_steps}))
+    if recipe.config.optim.base_batch_size is not None:
+        rates = sorted({group["lr"] for optimizer in run.optimizers for group in optimizer.param_groups})
+        told = ", ".join(f"{rate:.4g}" for rate in rates)
+        events.append(("learning_rate", f"peak learning rate {told}, scaled to the batch size", {"peak_lr": rates}))
     if recipe.config.fsdp:
         events.append(("fsdp", _shared_out(run.model), {}))
     events += [("checkpoint_skipped", sentence, {}) for sentence in skipped]
