@@ -247,6 +247,7 @@ def test_the_page_shows_what_the_tables_say(results):
         ("eval/loss", Interval(12345.6, 234.0, 3), "12346 ± 234"),
         ("eval/loss", Interval(-0.5, 0.0, 3), "\u22120.5"),
         ("eval/accuracy", Interval(0.9806, 0.0123, 3), "98.1 ± 1.2 %"),
+        ("eval/accuracy", Interval(3.7e-17, 0.0183, 3), "0.000 ± 1.830 %"),
         ("eval/loss", None, "\u2013"),
     ],
 )

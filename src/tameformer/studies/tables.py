@@ -149,8 +149,9 @@ def with_interval(key: str, found: Interval | None, *, signed: bool = False) -> 
     share, suffix = (100.0, " %") if is_share(key, found.mean) else (1.0, "")
     if found.half_width is None or not 0 < found.half_width < float("inf"):
         return f"{plus}{quantity(key, found.mean)}".replace("-", "\u2212", 1)
-    # Two digits of the half-width, and at least three of the mean.
-    places = max(0, 1 - _exponent(share * found.half_width), 2 - _exponent(share * found.mean))
+    # Two digits of the half-width, and at least three of the mean, unless that would make more than four of the half-width.
+    width = _exponent(share * found.half_width)
+    places = max(0, 1 - width, min(2 - _exponent(share * found.mean), 3 - width))
     half = f"{share * found.half_width:.{places}f}"
     return f"{plus}{share * found.mean:.{places}f} \u00b1 {half}{suffix}".replace("-", "\u2212", 1)
 
