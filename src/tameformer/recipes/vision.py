@@ -254,7 +254,9 @@ def _call_ours(model: nn.Module, images: Tensor) -> Tensor:
     return model(images)
 
 
-def classification_loss(model: nn.Module, batch: Batch, *, call: Call, label_smoothing: float = 0.0) -> Tensor:
+def classification_loss(
+    model: nn.Module, batch: Batch, *, call: Call = _call_ours, label_smoothing: float = 0.0
+) -> Tensor:
     """Cross-entropy summed over the images; labels are class numbers or, when mixed, probabilities."""
     logits = call(model, batch["images"])
     return F.cross_entropy(logits, batch["labels"], reduction="sum", label_smoothing=label_smoothing)

@@ -54,7 +54,7 @@ class Loop:
         self.run, self.engine, self.listener = run, engine, listener
         self.model = engine.prepare(run.model)
         if run.average is not None:  # its count stays where it can be read without waiting
-            run.average.module.to(engine.device)
+            run.average.module.to(engine.device, non_blocking=True)
         self.progress = Progress(Selection(run.checkpoint.best_metric, run.checkpoint.best_mode))
         self.log = Log(run, self.progress, listener, at_once=self._is_synchronous)
         self.steps = GuardedSteps(run, engine, self.model, self.progress, listener, stop)
