@@ -17,6 +17,7 @@ def main(folder: Path, runs: dict) -> None:
     torch.set_num_threads(1)
     for name, (recipe, settings) in runs.items():
         train(recipe, overrides={**settings, "output_dir": str(folder / name)}, resume="auto")
+    torch.distributed.destroy_process_group()  # or its threads may abort the process as it ends
 
 
 if __name__ == "__main__":
