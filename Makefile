@@ -3,7 +3,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 export HF_HUB_OFFLINE ?= 1
-export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help train test lint clean
 
@@ -14,7 +13,7 @@ train: $(VENV)/.train ## install what training needs, and train the embedded exa
 	$(BIN)/tame train
 
 test: $(VENV)/.test ## install everything, and run the tests on two processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2
 
 lint: $(VENV)/.test ## style and types
 	$(BIN)/ruff check .
