@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from tameformer.recipes import launch
+from tameformer.training.engine import leave
 
 SMALL = {
     "max_steps": 12,
@@ -49,7 +50,7 @@ def main(folder: Path) -> None:
     run("cut", "term@8:rank0", **AUGMENTED)
     run("cut", **AUGMENTED)
     (folder / f"codes-{torch.distributed.get_rank()}.json").write_text(json.dumps(codes))
-    torch.distributed.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ def main(folder: Path, runs: dict) -> None:
     import torch
 
     from tameformer import train
+    from tameformer.training.engine import leave
 
     torch.set_num_threads(1)
     for name, (recipe, settings) in runs.items():
         train(recipe, overrides={**settings, "output_dir": str(folder / name)}, resume="auto")
-    torch.distributed.destroy_process_group()  # or its threads may abort the process as it ends
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -42,3 +42,17 @@ def test_two_processes_equal_one_and_resume(tmp_path):
             for key in KEYS:
                 if key in reference:
                     assert line[key] == pytest.approx(reference[key], rel=1e-3, abs=1e-6), (key, line["step"])
+
+
+def test_a_process_leaves_with_all_said_and_its_interpreter_up(tmp_path):
+    script = f"""
+import atexit
+import torch.distributed as dist
+from tameformer.training.engine import leave
+dist.init_process_group("gloo", init_method="file://{tmp_path}/meeting", rank=0, world_size=1)
+atexit.register(print, "taken down")
+print("said before")
+leave(7)
+"""
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (answer.returncode, answer.stdout) == (7, "said before\n"), answer.stderr

@@ -83,6 +83,7 @@ def _train(recipe, resume: str, inject: str) -> int:
 
     from tameformer.cli.progress import Progress
     from tameformer.recipes.launch import launch
+    from tameformer.training.engine import leave
     from tameformer.training.watchdog import EXIT_CODE
 
     console = Console(stderr=True)
@@ -92,7 +93,7 @@ def _train(recipe, resume: str, inject: str) -> int:
     if int(os.environ.get("RANK", "0")) == 0:
         progress.conclude(result.folder, result.metrics, finished=result.finished)
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        leave(result.exit_code)
     return result.exit_code
 
 
