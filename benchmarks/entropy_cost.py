@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 from measure import Quartiles, device, in_turns, quartiles
-from probes import Subject, Watches, compare, raw_numbers, table_of
+from probes import Subject, Watches, compare, table_of
 from subjects import GPT2, Size, mean_loss
 from torch import nn
 from torch.optim import AdamW
@@ -80,11 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         subject = Subject(size)
         watches = watches_of(subject.model, subject.optimizers["fused"])
         rounds = 2 if given.quick else given.rounds
-        found = compare(subject, watches, rounds=rounds, also={AGAIN: "fused"})
+        _, found = compare(subject, watches, rounds=rounds, also={AGAIN: "fused"})
         added = added_shares(subject, watches, rounds=3 * rounds)
         raw[f"T={size.seq}"] = {
-            name: {**numbers, "forward": dataclasses.asdict(added[name])}
-            for name, numbers in raw_numbers(found).items()
+            name: {**dataclasses.asdict(cost), "forward": dataclasses.asdict(added[name])}
+            for name, cost in found.items()
         }
         table = table_of(f"{size.show()}, causal", found)
         table.head = [*table.head, "longer forward pass, % of a step"]

@@ -5,9 +5,12 @@ order each round. Ratios are taken inside a round, so that what slows the machin
 """
 
 import contextlib
+import json
 import multiprocessing
 import random
 import re
+import shlex
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -253,6 +256,18 @@ def ratio(seconds: Mapping[str, Sequence[float]], name: str, to: str) -> Quartil
 def difference_ms(seconds: Mapping[str, Sequence[float]], name: str, to: str) -> Quartiles:
     """One variant's time minus another's, round by round, in milliseconds."""
     return quartiles([1e3 * (ours - theirs) for ours, theirs in zip(seconds[name], seconds[to], strict=True)])
+
+
+def told_by(command: Sequence[str], mark: str) -> Any:
+    """Run a command; what it wrote as JSON after the mark, at the end of what it said.
+
+    Raises:
+        RuntimeError: The command failed; the message holds the end of what it said about that.
+    """
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.rpartition(f"{mark} ")[2])
 
 
 def resident(field: str) -> float:

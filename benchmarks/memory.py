@@ -13,11 +13,10 @@ import dataclasses
 import gc
 import json
 import random
-import subprocess
 import sys
 from collections.abc import Sequence
 
-from measure import forget_peak, quartiles, resident
+from measure import forget_peak, quartiles, resident, told_by
 from write_up import Table, parser, set_threads, write
 
 LOOPS = ("bare", "ours", "ours_unmonitored")
@@ -66,10 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in order.sample(names, len(names)):
             command = [sys.executable, __file__, "--child", name, "--steps", str(given.steps)]
             command += ["--threads", str(given.threads), *(["--quick"] if given.quick else [])]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{name} ended with {done.returncode}: {done.stderr[-2000:]}")
-            taken[name].append(json.loads(done.stdout.rpartition("MEMORY ")[2]))
+            taken[name].append(told_by(command, "MEMORY"))
     from subjects import MIDDLE, TINY
 
     size = TINY if given.quick else MIDDLE

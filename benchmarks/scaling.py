@@ -10,12 +10,11 @@ import dataclasses
 import gc
 import json
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 
-from measure import forget_peak, quartiles, resident
+from measure import forget_peak, quartiles, resident, told_by
 from write_up import Table, parser, set_threads, write
 
 KINDS = ("one", "one, all threads", "ddp", "fsdp")
@@ -81,10 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             threads = given.threads * (given.processes if kind == "one, all threads" else 1)
             command += [__file__, "--child", kind, "--steps", str(4 if given.quick else given.steps)]
             command += ["--threads", str(threads), *(["--quick"] if given.quick else [])]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(f"{kind} ended with {done.returncode}: {done.stderr[-2000:]}")
-            taken[kind].append(json.loads(done.stdout.rpartition("SCALING ")[2]))
+            taken[kind].append(told_by(command, "SCALING"))
     from subjects import MIDDLE, TINY
 
     size = TINY if given.quick else MIDDLE
