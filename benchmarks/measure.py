@@ -230,6 +230,31 @@ def now() -> float:
     return time.perf_counter()
 
 
+class Stopwatch:
+    """Adds up the seconds spent inside some methods of an object.
+
+    Args:
+        holder: Whose methods.
+        names: Of the methods.
+        clock: Seconds; the processor's of this process.
+    """
+
+    def __init__(self, holder: object, names: Sequence[str], *, clock: Callable[[], float] = time.process_time) -> None:
+        self.seconds, self._clock = 0.0, clock
+        for name in names:
+            setattr(holder, name, self._timed(getattr(holder, name)))
+
+    def _timed(self, call: Callable) -> Callable:
+        def timed(*args):
+            begin = self._clock()
+            try:
+                return call(*args)
+            finally:
+                self.seconds += self._clock() - begin
+
+        return timed
+
+
 def growth(run: Callable[[], object]) -> float:
     """MiB by which memory grew at its highest while something ran: the accelerator's, or that of this process."""
     if torch.accelerator.is_available():

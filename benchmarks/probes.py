@@ -11,13 +11,12 @@ it twice and bounds the cost from above.
 
 import dataclasses
 import random
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from measure import Quartiles, device, difference_ms, growth, now, quartiles, ratio
+from measure import Quartiles, Stopwatch, device, difference_ms, growth, now, quartiles, ratio
 from subjects import GPT2, Size, mean_loss, model_of, random_tokens
 from torch import nn
 from torch.optim import AdamW
@@ -74,24 +73,11 @@ class Subject:
             Readings(watch.read()).values()
 
 
-class Stopwatch:
-    """Adds up the processor's time inside a probe's callbacks and reading."""
-
-    def __init__(self, probe: Probe) -> None:
-        self.seconds = 0.0
-        for name in [*EVENTS, "read"]:
-            if getattr(type(probe), name) is not getattr(Probe, name):
-                setattr(probe, name, self._timed(getattr(probe, name)))
-
-    def _timed(self, call: Callable) -> Callable:
-        def timed(*args):
-            begin = time.process_time()
-            try:
-                return call(*args)
-            finally:
-                self.seconds += time.process_time() - begin
-
-        return timed
+def stopwatch(probe: Probe) -> Stopwatch:
+    """Of a probe's callbacks and reading."""
+    return Stopwatch(
+        probe, [name for name in [*EVENTS, "read"] if getattr(type(probe), name) is not getattr(Probe, name)]
+    )
 
 
 def compare(
@@ -107,7 +93,7 @@ def compare(
         also: Unwatched variants by name, with the optimizer they step with.
     """
     order, also = random.Random(seed), also or {}
-    clocks = {name: [Stopwatch(probe) for probe, _ in watch.probes] for name, watch in watches.items()}
+    clocks = {name: [stopwatch(probe) for probe, _ in watch.probes] for name, watch in watches.items()}
     runs: dict[str, Callable[[], object]] = {"plain": lambda: subject.step(None)}
     runs |= {name: (lambda watch=watch: subject.step(watch)) for name, watch in watches.items()}
     runs |= {name: (lambda kind=kind: subject.step(None, kind)) for name, kind in also.items()}

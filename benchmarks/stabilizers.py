@@ -2,9 +2,11 @@
 
 Each variant has a model and a fused AdamW of its own and takes its turn in every round, in random order; ratios are taken
 inside the round. "At first" takes three power steps an update, as the first hundred updates do, the others one. "Beside" keeps
-stored weights and gammas beside the optimizer. With four micro-batches the tokens of a step come in four parts. Memory is that
-by which a fresh process, or its accelerator, grows for model, gradients, moments and three steps. Sigma's start is compared
-with the decomposition that the published layers start from. Where there is an accelerator, all is measured there.
+stored weights and gammas beside the optimizer; "its own work" is 1 and the time of what it does itself over that of the plain
+step, without what else becomes slower because of the memory it has touched. With four micro-batches the tokens of a step come
+in four parts. Memory is that by which a fresh process, or its accelerator, grows for model, gradients, moments and three
+steps. Sigma's start is compared with the decomposition that the published layers start from. Where there is an accelerator,
+all is measured there.
 """
 
 import dataclasses
@@ -13,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
-from measure import Quartiles, device, in_turns, now, quartiles, ratio
+from measure import Quartiles, Stopwatch, device, in_turns, now, quartiles, ratio
 from measure import growth as growth_of
 from subjects import GPT2, Size, mean_loss, model_of, random_tokens
 from torch import nn
@@ -26,6 +28,7 @@ from tameformer.stabilizers.sigma_optimizer import SigmaBesideOptimizer
 from tameformer.stabilizers.sigma_reparam import SigmaReparam, sigma_reparam
 
 Patch = Callable[[nn.Module], object]
+BESIDE, OWN_WORK = "beside the optimizer", "beside, its own work"
 FLOOR = "floor"
 NOTES = [
     "Floor of sigmaReparam: its 32 bytes a weight and step, 5.3 F / (B N) of 6 N FLOP with F FLOP/s, B bytes/s and N tokens; "
@@ -40,7 +43,7 @@ def patches() -> dict[str, Patch]:
         "plain": lambda model: None,
         "sigma_reparam": lambda model: sigma_reparam(model, steps_at=lambda updates: 1),
         "sigma_reparam, at first": lambda model: sigma_reparam(model, steps_at=lambda updates: 3),
-        "beside the optimizer": lambda model: SigmaBesideOptimizer(model, steps_at=lambda updates: 1),
+        BESIDE: lambda model: SigmaBesideOptimizer(model, steps_at=lambda updates: 1),
         "sigma_reparam, baked": lambda model: sigma_reparam(model).bake(),
         "torch spectral_norm": _spectral_norm,
     }
@@ -52,8 +55,10 @@ def _spectral_norm(model: nn.Module) -> None:
             spectral_norm(module)
 
 
-def step_of(size: Size, patch: Patch, *, micro_batches: int, dtype: torch.dtype) -> Callable[[], object]:
-    """One training step of a model of its own."""
+def step_of(
+    size: Size, patch: Patch, *, micro_batches: int, dtype: torch.dtype
+) -> tuple[Callable[[], object], Stopwatch | None]:
+    """One training step of a model of its own, and what adds up the work that a patch beside the optimizer does itself."""
     model = model_of(size).to(device())
     patched = patch(model)
     groups = [{"params": list(model.parameters())}]
@@ -61,6 +66,7 @@ def step_of(size: Size, patch: Patch, *, micro_batches: int, dtype: torch.dtype)
     optimizer = AdamW(patched.groups(groups) if is_beside else groups, lr=1e-4, fused=True)
     if is_beside:
         patched.follow(optimizer)
+    own_work = Stopwatch(patched, ["_take_gradients", "_advance"], clock=now) if is_beside else None
     tokens, targets = (one.to(device()) for one in random_tokens(size))
 
     def step() -> None:
@@ -71,18 +77,32 @@ def step_of(size: Size, patch: Patch, *, micro_batches: int, dtype: torch.dtype)
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return step, own_work
 
 
 def compare(
     size: Size, *, rounds: int, micro_batches: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> dict[str, Quartiles]:
-    """By variant, and for the floor: time over the plain step."""
-    steps = {name: step_of(size, patch, micro_batches=micro_batches, dtype=dtype) for name, patch in patches().items()}
-    seconds = in_turns({**steps, "addition": addition(size)}, rounds=rounds, seed=seed)
+    """By variant, for the work of the form beside the optimizer alone, and for the floor: time over the plain step."""
+    made = {name: step_of(size, patch, micro_batches=micro_batches, dtype=dtype) for name, patch in patches().items()}
+    steps = {name: step for name, (step, _) in made.items()}
+    own_work: list[float] = []
+    beside, watch = made[BESIDE]
+    assert watch is not None
+
+    def watched() -> None:
+        before = watch.seconds
+        beside()
+        own_work.append(watch.seconds - before)
+
+    seconds = in_turns({**steps, BESIDE: watched, "addition": addition(size)}, rounds=rounds, seed=seed)
+    seconds[OWN_WORK] = own_work[-rounds:]
     found = {name: ratio(seconds, name, to="plain") for name in steps if name != "plain"}
-    added = ratio(seconds, "addition", to="plain")
-    return {**found, FLOOR: Quartiles(*(1 + 32 / 12 * share for share in dataclasses.astuple(added)))}
+    shares = {OWN_WORK: (1.0, OWN_WORK), FLOOR: (32 / 12, "addition")}
+    for name, (times, of) in shares.items():
+        share = dataclasses.astuple(ratio(seconds, of, to="plain"))
+        found[name] = Quartiles(*(1 + times * one for one in share))
+    return found
 
 
 def addition(size: Size) -> Callable[[], object]:
@@ -97,7 +117,7 @@ def growth(name: str, size: Size, dtype: torch.dtype) -> float:
     import torch._dynamo  # noqa: F401  every optimizer of torch imports it
 
     def train() -> None:
-        step = step_of(size, patches()[name], micro_batches=1, dtype=dtype)
+        step, _ = step_of(size, patches()[name], micro_batches=1, dtype=dtype)
         for _ in range(3):
             step()
 
@@ -165,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_threads(given.threads)
     rounds = 2 if given.quick else given.rounds
     raw: dict[str, object] = {}
-    steps = Table("Time of a step over the plain one", ["tokens a step", *list(patches())[1:], FLOOR])
+    steps = Table("Time of a step over the plain one", ["tokens a step", *list(patches())[1:], OWN_WORK, FLOOR])
     names = list(patches())[:2] if given.quick else list(patches())
     peaks = Table("Peak memory over the plain model's", ["tokens a step", *names[1:]])
     for size, parts in sizes(quick=given.quick):

@@ -60,24 +60,20 @@ class SigmaBesideOptimizer:
         layers = select(model, where, looked_for="linear layers, convolutions, attention projections")
         parents = {id(child): parent for parent in model.modules() for child in parent.children()}
         self.steps_at, self.updates = steps_at, 0
-        self.names: list[str] = []
-        self._effective: list[nn.Parameter] = []
-        self._stored: list[nn.Parameter] = []
-        self._ones: list[SigmaReparam] = []  # for their state and their way to the matrices; never called
+        self._weights: dict[str, _Weight] = {}
         for end, weight in plain_weights(layers):
-            if any(weight is other for other in self._effective):
+            if any(weight is other.effective for other in self._weights.values()):
                 continue
             rows = split(end.path, end.module, parents.get(id(end.module)))
             parts = Parts(weight.shape, transposed=is_transposed(end.module), rows=rows)
-            one = SigmaReparam(weight, parts, start=start_at(gamma, gain), steps_at=steps_at, name=end.full)
-            wide = weight.detach().to(one.left.dtype, copy=True, memory_format=torch.contiguous_format)
-            self.names.append(end.full)
-            self._effective.append(weight)
-            self._stored.append(nn.Parameter(wide, requires_grad=weight.requires_grad))
-            self._ones.append(one)
-        self._images: list[list[Tensor]] = []
-        self._sigmas: list[Sequence[Any]] = []
-        self._write()
+            # For its state at the start; it is never called.
+            start = SigmaReparam(weight, parts, start=start_at(gamma, gain), steps_at=steps_at, name=end.full)
+            self._weights[end.full] = _Weight(weight, parts, start.gamma, start.left)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the weights, as in the model."""
+        return list(self._weights)
 
     def groups(
         self, groups: Iterable[Mapping[str, Any]], *, gamma_settings: Mapping[str, Any] | None = None
@@ -91,7 +87,7 @@ class SigmaBesideOptimizer:
             groups: Over the model's parameters, as for the optimizer.
             gamma_settings: Of the gammas' group, such as `{"weight_decay": 0.1}`.
         """
-        stored = {id(weight): mine for weight, mine in zip(self._effective, self._stored, strict=True)}
+        stored = {id(weight.effective): weight.stored for weight in self._weights.values()}
         found: list[dict] = []
         for group in groups:
             parameters = list(group["params"])
@@ -102,7 +98,7 @@ class SigmaBesideOptimizer:
                 found.append({**settings, "params": plain})
             if mine:
                 found.append({**settings, "params": mine, "weight_decay": 0.0})
-        return [*found, {**(gamma_settings or {}), "params": [one.gamma for one in self._ones]}]
+        return [*found, {**(gamma_settings or {}), "params": [weight.gamma for weight in self._weights.values()]}]
 
     def follow(self, optimizer: Optimizer) -> None:
         """Give the optimizer its gradients before each step, and the layers their weights after it."""
@@ -112,8 +108,8 @@ class SigmaBesideOptimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """Stored weights, gammas and singular vectors, by the names of the weights."""
         state = {"updates": torch.tensor(self.updates)}
-        for name, stored, one in zip(self.names, self._stored, self._ones, strict=True):
-            state |= {f"{name}.stored": stored.detach(), f"{name}.gamma": one.gamma.detach(), f"{name}.left": one.left}
+        for name, weight in self._weights.items():
+            state |= {f"{name}.{key}": tensor for key, tensor in weight.state().items()}
         return state
 
     @torch.no_grad()
@@ -124,57 +120,89 @@ class SigmaBesideOptimizer:
             KeyError: A weight is not in it.
         """
         self.updates = int(state["updates"])
-        for name, stored, one in zip(self.names, self._stored, self._ones, strict=True):
-            stored.copy_(state[f"{name}.stored"])
-            one.gamma.copy_(state[f"{name}.gamma"])
-            one.left.copy_(state[f"{name}.left"])
-        self._write()
+        for name, weight in self._weights.items():
+            for key, tensor in weight.state().items():
+                tensor.copy_(state[f"{name}.{key}"])
+            weight.write()
 
     @torch.no_grad()
     def _take_gradients(self) -> None:
-        for weight, stored, one, images, sigmas in zip(
-            self._effective, self._stored, self._ones, self._images, self._sigmas, strict=True
-        ):
-            if weight.grad is None:
-                continue
-            grad, weight.grad = weight.grad.to(stored.dtype), None
-            grad = grad.to_dense() if grad.is_sparse else grad
-            grads, lefts = one.parts.of(grad), one.parts.split(one.left)
-            products = numbers([dot(*both) for both in zip(grads, one.parts.of(stored), strict=True)])
-            shares = [product / sigma for product, sigma in zip(products, sigmas, strict=True)]
-            for of_grad, left, image, gamma, sigma, share in zip(
-                grads, lefts, images, numbers(one.gamma), sigmas, shares, strict=True
-            ):
-                without_share(of_grad, gamma / sigma, -gamma / sigma * share / sigma, left, image, out=of_grad)
-            # In place where the matrices are views of the gradient, which they are but for interleaved groups of heads.
-            stored.grad = grad if one.parts.groups == 1 else one.parts.join(grads)
-            one.gamma.grad = stacked(shares, like=one.gamma)
+        for weight in self._weights.values():
+            if weight.effective.grad is not None:
+                weight.take_gradient(weight.effective.grad)
 
     @torch.no_grad()
     def _advance(self) -> None:
-        steps = self.steps_at(self.updates)
-        for place, (one, stored) in enumerate(zip(self._ones, self._stored, strict=True)):
-            lefts = power_steps(one.parts.of(stored), one.parts.split(one.left), self._images[place], steps=steps)
-            one.left.copy_(lefts[0] if len(lefts) == 1 else torch.cat(lefts))
-            self._images[place], self._sigmas[place] = self._write_one(place)  # the weight is still in the cache
+        steps, weights = self.steps_at(self.updates), list(self._weights.values())
+        # On a processor one after the other: what its power step has read is in the cache when the layer's weight is written.
+        together = [[weight] for weight in weights] if weights[0].left.device.type == "cpu" else [weights]
+        for some in together:
+            matrices = [matrix for weight in some for matrix in weight.matrices()]
+            lefts = [left for weight in some for left in weight.lefts]
+            images = [image for weight in some for image in weight.images]
+            for left, advanced in zip(lefts, power_steps(matrices, lefts, images, steps=steps), strict=True):
+                left.copy_(advanced)
+            for weight in some:
+                weight.write()
         self.updates += 1
 
-    @torch.no_grad()
-    def _write(self) -> None:
-        """The layers' weights from the stored ones, and what the next step needs."""
-        written = [self._write_one(place) for place in range(len(self._ones))]
-        self._images, self._sigmas = [images for images, _ in written], [sigmas for _, sigmas in written]
 
-    def _write_one(self, place: int) -> tuple[list[Tensor], Sequence[Any]]:
-        weight, stored, one = self._effective[place], self._stored[place], self._ones[place]
-        matrices, lefts = one.parts.of(stored), one.parts.split(one.left)
-        images = [torch.mv(matrix.t(), left) for matrix, left in zip(matrices, lefts, strict=True)]
-        sigmas = numbers([torch.linalg.vector_norm(image) for image in images])
-        factors = [gamma / sigma for gamma, sigma in zip(numbers(one.gamma), sigmas, strict=True)]
-        if one.parts.groups == 1 and weight.is_contiguous():
-            for target, matrix, factor in zip(one.parts.of(weight), matrices, factors, strict=True):
+class _Weight:
+    """One weight of the model and what stands behind it.
+
+    Args:
+        effective: The layer's parameter.
+        parts: The matrices in it.
+        gamma: One number for each.
+        left: Their left singular vectors, end to end.
+    """
+
+    images: list[Tensor]
+    """storedᵀ left of each matrix."""
+    sigmas: Sequence[Any]
+    factors: Sequence[Any]
+    """gamma / sigma of each matrix."""
+
+    def __init__(self, effective: nn.Parameter, parts: Parts, gamma: nn.Parameter, left: Tensor) -> None:
+        wide = effective.detach().to(left.dtype, copy=True, memory_format=torch.contiguous_format)
+        self.effective, self.stored = effective, nn.Parameter(wide, requires_grad=effective.requires_grad)
+        self.parts, self.gamma, self.left = parts, gamma, left
+        self.lefts = parts.split(left)
+        with torch.no_grad():
+            self.write()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a resumed run needs."""
+        return {"stored": self.stored.detach(), "gamma": self.gamma.detach(), "left": self.left}
+
+    def matrices(self) -> list[Tensor]:
+        """Of the stored weight."""
+        return self.parts.of(self.stored)
+
+    def take_gradient(self, grad: Tensor) -> None:
+        """Make the gradient of the effective weight those of the stored one and of gamma."""
+        self.effective.grad = None
+        grad = (grad.to_dense() if grad.is_sparse else grad).to(self.left.dtype)
+        grads = self.parts.of(grad)
+        products = numbers([dot(*both) for both in zip(grads, self.matrices(), strict=True)])
+        shares = [product / sigma for product, sigma in zip(products, self.sigmas, strict=True)]
+        for of_grad, left, image, factor, sigma, share in zip(
+            grads, self.lefts, self.images, self.factors, self.sigmas, shares, strict=True
+        ):
+            without_share(of_grad, factor, -factor * share / sigma, left, image, out=of_grad)
+        # In place where the matrices are views of the gradient, which they are but for interleaved groups of heads.
+        self.stored.grad = grad if self.parts.groups == 1 else self.parts.join(grads)
+        self.gamma.grad = stacked(shares, like=self.gamma)
+
+    def write(self) -> None:
+        """The layer's weight from the stored one, and what the next gradient needs."""
+        matrices = self.matrices()
+        self.images = [torch.mv(matrix.t(), left) for matrix, left in zip(matrices, self.lefts, strict=True)]
+        self.sigmas = numbers([torch.linalg.vector_norm(image) for image in self.images])
+        self.factors = [gamma / sigma for gamma, sigma in zip(numbers(self.gamma), self.sigmas, strict=True)]
+        if self.parts.groups == 1 and self.effective.is_contiguous():
+            for target, matrix, factor in zip(self.parts.of(self.effective), matrices, self.factors, strict=True):
                 torch.mul(matrix, factor, out=target)
         else:
-            scaled = [matrix * factor for matrix, factor in zip(matrices, factors, strict=True)]
-            weight.copy_(one.parts.join(scaled))
-        return images, sigmas
+            scaled = [matrix * factor for matrix, factor in zip(matrices, self.factors, strict=True)]
+            self.effective.copy_(self.parts.join(scaled))
