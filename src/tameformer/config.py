@@ -233,7 +233,7 @@ def parse(
     keys = [argument[2:].split("=", 1)[0] for argument in arguments if argument.startswith("--")]
     narrowed = _narrowed(config_class, dict(_tags(arguments)), base)
     check_keys([key for key in keys if key != "help"], narrowed, also=also)
-    parser = _parser(narrowed, base, prog=prog)
+    parser = _parser(narrowed, base, prog=prog, described=not {"-h", "--help"}.isdisjoint(arguments))
     return _instantiate(parser, config_class, narrowed, lambda: parser.parse_args(list(arguments)))
 
 
@@ -313,11 +313,12 @@ def _kept(config_class: type, base: Any) -> Iterable[tuple[str, Any]]:
                 yield key, one
 
 
-def _parser(config_class: type, base: Any, prog: str = "tame train"):
+def _parser(config_class: type, base: Any, *, prog: str = "tame train", described: bool = False):
     # Imported here: reading a finished run needs no command line, and some machines that only train lack the package.
     import jsonargparse
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # Reading the fields' doc strings takes a third of the time, and only the help text shows them.
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=described)
     parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False, default_env=False)
     parser.add_class_arguments(config_class, None, fail_untyped=True)
     if base is not None:
