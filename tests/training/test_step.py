@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tameformer.optim import LARS, NormClip, StableAdamW
 from tameformer.training.engine import Engine
@@ -84,6 +85,14 @@ def test_the_broken_gradient_is_named():
     assert [id(p) for p in step(model, optimizer, batch()).suspects] == [id(model[1].weight)]
 
 
+@pytest.fixture
+def nobody_listens(monkeypatch):
+    """To optimizers in general: models of other tests may still be there, and their weights followed."""
+    monkeypatch.setattr("tameformer.training.step._global_optimizer_pre_hooks", {})
+    monkeypatch.setattr("tameformer.training.step._global_optimizer_post_hooks", {})
+
+
+@pytest.mark.usefixtures("nobody_listens")
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
 def test_fused_optimizers_refuse_by_a_tensor_as_by_an_if(name):
     """What accelerators do, on the processor's fused kernels: no host ever reads the flag."""
@@ -106,6 +115,7 @@ def test_fused_optimizers_refuse_by_a_tensor_as_by_an_if(name):
     assert not hasattr(optimizer, "found_inf")
 
 
+@pytest.mark.usefixtures("nobody_listens")
 def test_optimizers_that_cannot_refuse_by_themselves_are_asked_on_the_host():
     for name in ("radam", "lars", "stable_adamw"):
         model, optimizer = parts(name)
@@ -117,3 +127,13 @@ def test_optimizers_that_cannot_refuse_by_themselves_are_asked_on_the_host():
     assert not can_refuse_on_device([optimizer])
     handle.remove()
     assert can_refuse_on_device([optimizer])
+
+
+def test_who_listens_to_all_optimizers_has_the_host_decide():
+    model, optimizer = parts("adamw")
+    step(model, optimizer, batch())
+    handle = register_optimizer_step_post_hook(lambda *_: None)
+    try:
+        assert not can_refuse_on_device([optimizer])
+    finally:
+        handle.remove()
