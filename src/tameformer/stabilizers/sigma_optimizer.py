@@ -10,7 +10,7 @@ optimizer step. In exchange the loop must keep to three things, which is why it 
 A checkpoint holds `state_dict()` beside those of model and optimizer.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +18,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tameformer.patch import Selector, select
-from tameformer.stabilizers.power_iteration import power_steps
+from tameformer.stabilizers.power_iteration import image_and_sigma, power_steps
 from tameformer.stabilizers.sigma_reparam import is_matrix_layer, more_at_first, plain_weights, start_at
-from tameformer.stabilizers.sigma_weight import SigmaReparam, StepsAt, dot, numbers, stacked, without_share
+from tameformer.stabilizers.sigma_weight import (
+    SigmaReparam,
+    StepsAt,
+    dot,
+    number,
+    numbers,
+    stacked,
+    without_share,
+)
 from tameformer.stabilizers.weight_parts import Parts, Split, is_transposed, split_fused
 
 
@@ -159,8 +167,8 @@ class _Weight:
 
     images: list[Tensor]
     """storedᵀ left of each matrix."""
-    sigmas: Sequence[Any]
-    factors: Sequence[Any]
+    sigmas: list[Any]
+    factors: list[Any]
     """gamma / sigma of each matrix."""
 
     def __init__(self, effective: nn.Parameter, parts: Parts, gamma: nn.Parameter, left: Tensor) -> None:
@@ -183,26 +191,29 @@ class _Weight:
         """Make the gradient of the effective weight those of the stored one and of gamma."""
         self.effective.grad = None
         grad = (grad.to_dense() if grad.is_sparse else grad).to(self.left.dtype)
-        grads = self.parts.of(grad)
-        products = numbers([dot(*both) for both in zip(grads, self.matrices(), strict=True)])
-        shares = [product / sigma for product, sigma in zip(products, self.sigmas, strict=True)]
-        for of_grad, left, image, factor, sigma, share in zip(
-            grads, self.lefts, self.images, self.factors, self.sigmas, shares, strict=True
+        grads, shares = self.parts.of(grad), []
+        for of_grad, matrix, left, image, factor, sigma in zip(
+            grads, self.matrices(), self.lefts, self.images, self.factors, self.sigmas, strict=True
         ):
+            share = number(dot(of_grad, matrix)) / sigma
             without_share(of_grad, factor, -factor * share / sigma, left, image, out=of_grad)
+            shares.append(share)
         # In place where the matrices are views of the gradient, which they are but for interleaved groups of heads.
         self.stored.grad = grad if self.parts.groups == 1 else self.parts.join(grads)
         self.gamma.grad = stacked(shares, like=self.gamma)
 
     def write(self) -> None:
         """The layer's weight from the stored one, and what the next gradient needs."""
-        matrices = self.matrices()
-        self.images = [torch.mv(matrix.t(), left) for matrix, left in zip(matrices, self.lefts, strict=True)]
-        self.sigmas = numbers([torch.linalg.vector_norm(image) for image in self.images])
-        self.factors = [gamma / sigma for gamma, sigma in zip(numbers(self.gamma), self.sigmas, strict=True)]
-        if self.parts.groups == 1 and self.effective.is_contiguous():
-            for target, matrix, factor in zip(self.parts.of(self.effective), matrices, self.factors, strict=True):
-                torch.mul(matrix, factor, out=target)
-        else:
-            scaled = [matrix * factor for matrix, factor in zip(matrices, self.factors, strict=True)]
+        matrices, gammas = self.matrices(), numbers(self.gamma)
+        in_place = self.parts.groups == 1 and self.effective.is_contiguous()
+        targets = self.parts.of(self.effective) if in_place else [None] * len(matrices)
+        self.images, self.sigmas, self.factors, scaled = [], [], [], []
+        for matrix, left, gamma, target in zip(matrices, self.lefts, gammas, targets, strict=True):
+            image, sigma = image_and_sigma(matrix, left)
+            sigma = number(sigma)
+            self.images.append(image)
+            self.sigmas.append(sigma)
+            self.factors.append(gamma / sigma)
+            scaled.append(torch.mul(matrix, gamma / sigma, out=target))
+        if not in_place:
             self.effective.copy_(self.parts.join(scaled))

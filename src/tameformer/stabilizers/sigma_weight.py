@@ -304,11 +304,16 @@ class _EffectiveWeight(torch.autograd.Function):
             return parts.filled(weight, writes), gamma_grad, None, None
 
 
+def number(scalar: Tensor) -> Any:
+    """A plain number where reading one costs nothing; on an accelerator it would wait for all work before it."""
+    return scalar.item() if scalar.device.type == "cpu" else scalar
+
+
 def numbers(scalars: Sequence[Tensor] | Tensor) -> Sequence[Any]:
-    """Plain numbers where reading one costs nothing; on an accelerator it would wait for all work before it."""
-    if scalars[0].device.type != "cpu":
-        return scalars if isinstance(scalars, Sequence) else scalars.unbind()
-    return [scalar.item() for scalar in scalars] if isinstance(scalars, Sequence) else scalars.tolist()
+    """Those of several, or the entries of a vector."""
+    if isinstance(scalars, Tensor):
+        return scalars.tolist() if scalars.device.type == "cpu" else scalars.unbind()
+    return [number(scalar) for scalar in scalars]
 
 
 def stacked(scalars: Sequence[Any], *, like: Tensor) -> Tensor:
