@@ -50,6 +50,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
         "guard.md",
         "probes.md",
         "race.md",
+        "stabilizers.md",
         "verdicts.md",
     ],
 )
