@@ -49,10 +49,16 @@ def test_a_process_leaves_with_all_said_and_its_interpreter_up(tmp_path):
 import atexit
 import torch.distributed as dist
 from tameformer.training.engine import leave
+
+class Last:
+    def __del__(self):
+        print("taken down")
+
+kept = Last()
 dist.init_process_group("gloo", init_method="file://{tmp_path}/meeting", rank=0, world_size=1)
-atexit.register(print, "taken down")
+atexit.register(print, "at exit")
 print("said before")
 leave(7)
 """
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (answer.returncode, answer.stdout) == (7, "said before\n"), answer.stderr
+    assert (answer.returncode, answer.stdout) == (7, "said before\nat exit\n"), answer.stderr

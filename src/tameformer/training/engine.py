@@ -4,7 +4,7 @@ Accelerate's own loaders, samplers, schedulers and `save_state` do not restore t
 loop brings its own. Precision is applied here by plain autocast, because accelerate's wrapper copies every output to fp32.
 """
 
-import logging
+import atexit
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -127,7 +127,7 @@ def leave(exit_code: int) -> NoReturn:
         exit_code: Of the process.
     """
     torch.distributed.destroy_process_group()
-    logging.shutdown()
+    atexit._run_exitfuncs()  # as `multiprocessing` does before it leaves a child: data workers end, logs are written
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
