@@ -75,6 +75,20 @@ def test_groups_hold_each_once_without_decay_on_stored_weights():
     assert not {id(parameter) for parameter in parameters} & {id(model[0].weight), id(model[2].weight)}
 
 
+def test_an_optimizer_under_which_weights_would_stand_still_is_refused():
+    model = model_of()
+    beside = SigmaBesideOptimizer(model)
+    with pytest.raises(ValueError, match=r"stored weight of 0\.weight, got one without it; build it over groups"):
+        beside.follow(optimizer_of(model))
+    both = [*beside.groups([{"params": list(model.parameters())}]), {"params": [model[2].weight]}]
+    with pytest.raises(ValueError, match=r"stored weight of 2\.weight, got one over the weight itself"):
+        beside.follow(torch.optim.SGD(both, lr=0.1))
+    model[0].weight.requires_grad_(False)
+    beside = SigmaBesideOptimizer(model)
+    trained = [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
+    beside.follow(torch.optim.SGD(beside.groups(trained), lr=0.1))  # one that is frozen may be left out
+
+
 def test_resumes_exactly():
     model = model_of()
     beside = SigmaBesideOptimizer(model)

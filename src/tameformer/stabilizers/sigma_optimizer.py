@@ -109,7 +109,19 @@ class SigmaBesideOptimizer:
         return [*found, {**(gamma_settings or {}), "params": [weight.gamma for weight in self._weights.values()]}]
 
     def follow(self, optimizer: Optimizer) -> None:
-        """Give the optimizer its gradients before each step, and the layers their weights after it."""
+        """Give the optimizer its gradients before each step, and the layers their weights after it.
+
+        Raises:
+            ValueError: It was not built over `groups`, so that weights would stand still.
+        """
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for name, weight in self._weights.items():
+            is_missed = weight.stored.requires_grad and id(weight.stored) not in held
+            if is_missed or id(weight.effective) in held:
+                raise ValueError(
+                    f"expected an optimizer over the stored weight of {name}, got one "
+                    f"{'without it' if is_missed else 'over the weight itself'}; build it over groups(...) of this object"
+                )
         optimizer.register_step_pre_hook(lambda *_: self._take_gradients())
         optimizer.register_step_post_hook(lambda *_: self._advance())
 
