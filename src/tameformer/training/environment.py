@@ -49,7 +49,9 @@ def _commit(folder: Path) -> dict[str, Any]:
     """The commit of a source checkout; empty for an installed package or without git."""
 
     def git(*arguments: str) -> str:
-        answer = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+        # Reading only: `git status` would renew its index, and leave a lock behind where the disk is full.
+        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
         return answer.stdout.strip()
 
     try:
