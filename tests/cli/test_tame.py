@@ -235,6 +235,26 @@ def test_divergence_is_told_exits_with_three_and_keeps_a_sound_checkpoint(capsys
     assert Path("run/report.html").is_file()
 
 
+@pytest.mark.parametrize(
+    ("settings", "code"), [([], 0), (["--guard.max_skips=0", "--inject=nan@4", "--loop.logging_steps=1"], 3)]
+)
+def test_a_disk_too_small_for_the_report_does_not_change_how_a_run_ends(settings, code):
+    """In a process of its own: the limit holds for all that a process writes."""
+    script = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+from tameformer.cli.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+    words = ["train", "vit-digits", "--max_steps=4", "--model.dim=16", "--output_dir=run", *settings]
+    answer = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+    assert answer.returncode == code, answer.stderr
+    assert "the report was not written: [Errno 27] File too large" in answer.stderr
+    assert "`tame report run` writes it" in " ".join(answer.stderr.split())
+    assert "report: " not in answer.stderr
+    assert not Path("run/report.html").exists()
+
+
 def test_help_lists_every_key_with_its_meaning(capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["train", "vit-digits", "--help"])

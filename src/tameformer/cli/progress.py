@@ -83,7 +83,8 @@ class Progress(Listener):
             self.console.print(
                 f"stopped after a save; continue with: --output_dir {folder} --resume auto", highlight=False
             )
-        self.console.print(f"report: {folder / REPORT}", **_PLAIN)
+        if (folder / REPORT).is_file():
+            self.console.print(f"report: {folder / REPORT}", **_PLAIN)
 
 
 def _duration(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """From a recipe to a finished run folder: build, resume, train, report."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from tameformer import report
+from tameformer.errors import RecordError
 from tameformer.recipes.catalogue import Recipe, resolve, with_values
 from tameformer.recipes.precision import settle_precision
 from tameformer.recipes.resume import check_drift, choose_folder, find_checkpoint, stored_values
@@ -144,7 +146,7 @@ def _launch(
         finally:
             listener.on_train_end(loop.step)
             if engine.is_main:
-                report.write_report(folder)
+                _write_report(folder)
     interrupted = outcome.status == "running"
     # A signal may have come to one process only; all have stopped for it, and all say so. Without one the run has paused.
     signalled = max(engine.gather([0 if stop.signal_number is None else stop.exit_code]))
@@ -156,6 +158,15 @@ def _struck(folder: Path) -> list[str]:
     """The faults that were injected into the run in this folder."""
     events = RunReader(folder).events() if (folder / LOG).is_file() else []
     return list(dict.fromkeys(str(event["fault"]) for event in events if event.get("kind") == "injected"))
+
+
+def _write_report(folder: Path) -> None:
+    """The report, or a word about why there is none: how the run ended counts for more."""
+    try:
+        report.write_report(folder)
+    except (OSError, RecordError) as error:
+        text = "the report was not written: %s; mend that, then `tame report %s` writes it"
+        logging.getLogger(__name__).warning(text, error, folder)
 
 
 def _write_head(folder: Path, recipe: Recipe, run: Run, engine: Engine) -> None:
