@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from tameformer.optim import schedules
 from tameformer.optim.adaptive_clip import AdaptiveClip
 from tameformer.optim.clipping import Clip, NormClip
+from tameformer.optim.eager import eager
 from tameformer.optim.groups import Rule, assign, decay_groups, decay_rules, is_matrix
 from tameformer.optim.lars import LARS
 from tameformer.optim.stable_adamw import StableAdamW
@@ -163,19 +164,19 @@ def optimizers(
     adam: dict[str, Any] = {"lr": config.peak_lr, "betas": config.betas, "eps": config.eps}
     match config.name:
         case "adamw":
-            return [torch.optim.AdamW(groups, **adam, fused=True)]
+            return [eager(torch.optim.AdamW)(groups, **adam, fused=True)]
         case "adam":
-            return [torch.optim.Adam(groups, **adam, fused=True)]
+            return [eager(torch.optim.Adam)(groups, **adam, fused=True)]
         case "radam":
-            return [torch.optim.RAdam(groups, **adam, decoupled_weight_decay=True)]
+            return [eager(torch.optim.RAdam)(groups, **adam, decoupled_weight_decay=True)]
         case "stable_adamw":
-            return [StableAdamW(groups, **adam)]
+            return [eager(StableAdamW)(groups, **adam)]
         case "sgd":
             # torch's fused kernel of SGD does not know sharded weights; Adam's does.
             fused = not any(map(is_sharded, model.parameters()))
-            return [torch.optim.SGD(groups, lr=config.peak_lr, momentum=config.momentum, fused=fused)]
+            return [eager(torch.optim.SGD)(groups, lr=config.peak_lr, momentum=config.momentum, fused=fused)]
         case "lars":
-            return [LARS(groups, lr=config.peak_lr, momentum=config.momentum)]
+            return [eager(LARS)(groups, lr=config.peak_lr, momentum=config.momentum)]
 
 
 def _muon_and_adamw(model: nn.Module, config: OptimConfig, is_hidden: Callable[[str], bool]) -> list[Optimizer]:
@@ -187,8 +188,8 @@ def _muon_and_adamw(model: nn.Module, config: OptimConfig, is_hidden: Callable[[
     if not first["params"]:
         raise ValueError(f"muon needs hidden matrices and {type(model).__name__} has none; use adamw")
     # Scaling each update to the size of AdamW's lets one rate and one schedule serve both (Liu et al. 2025, arXiv:2502.16982).
-    muon = torch.optim.Muon([first], lr=config.peak_lr, momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(
+    muon = eager(torch.optim.Muon)([first], lr=config.peak_lr, momentum=config.momentum, adjust_lr_fn="match_rms_adamw")
+    adamw = eager(torch.optim.AdamW)(
         [group for group in rest if group["params"]],
         lr=config.adamw_lr or config.peak_lr,
         betas=config.betas,

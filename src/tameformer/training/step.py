@@ -172,7 +172,8 @@ class _Backward:
                 with self._engine.autocast():
                     batch_loss = self._loss(self._model, placed)
                 self.is_exchanging = is_last and self._engine.world_size > 1
-                batch_loss.backward(self._scale)
+                # As `batch_loss.backward(self._scale)`, for which torch imports a library of symbolic algebra.
+                (batch_loss * self._scale).backward()
             losses.append(batch_loss.detach())
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
