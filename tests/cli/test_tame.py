@@ -57,6 +57,19 @@ def test_train_writes_a_whole_run_folder_and_prints_a_table(capsys):
     assert any((folder / "tb").iterdir())
 
 
+def test_a_run_imports_no_compiler_and_the_collector_leaves_what_it_imported_alone():
+    script = """if True:
+        import gc, sys
+        from tameformer.cli.__main__ import main
+        code = main(sys.argv[1:])
+        print(code, gc.isenabled(), gc.get_freeze_count() > 100_000, [name for name in {names} if name in sys.modules])
+    """.format(
+        names=["torch._dynamo", "torch.distributed.tensor", "sympy"]
+    )  # each as long to import as all that is ours
+    done = subprocess.run([sys.executable, "-c", script, "train", *TINY], capture_output=True, text=True)
+    assert done.stdout.strip() == "0 True True []", done.stderr
+
+
 def test_a_second_run_takes_a_new_folder_and_nothing_is_written_over(capsys):
     assert main(["train", *TINY]) == 0
     before = Path("runs/vit-digits/log.jsonl").read_bytes()

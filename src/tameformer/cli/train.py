@@ -12,6 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tameformer.cli.imports import uncollected
+
 USAGE = """\
 usage: tame train [RECIPE] [--a.b=value ...]
 
@@ -54,10 +56,12 @@ def main(arguments: Sequence[str]) -> int:
 
     try:
         own, rest = _own_options(given)
-        recipe = catalogue.parse(name or catalogue.DEFAULT, rest, also=_OWN)
-        if own.print_config:
-            print(recipe.to_yaml(), end="")
-            return 0
+        with uncollected():
+            recipe = catalogue.parse(name or catalogue.DEFAULT, rest, also=_OWN)
+            if own.print_config:
+                print(recipe.to_yaml(), end="")
+                return 0
+            import tameformer.recipes.launch  # noqa: F401 -- here, with all else that is imported
         return _dry_run(recipe) if own.dry_run else _train(recipe, own.resume, own.inject)
     except KeyboardInterrupt:  # before the loop took over: nothing has been trained yet
         return 130
