@@ -79,6 +79,25 @@ def next_left(
     return _unit_or(torch.mv(matrix, image), left)
 
 
+def power_step(
+    matrix: Float[Tensor, "out in_"],
+    left: Float[Tensor, " out"],
+    image: Float[Tensor, " in_"] | None = None,
+    *,
+    steps: int = 1,
+) -> Float[Tensor, " out"]:
+    """The left vector after so many power steps of one matrix; `image` as in `power_steps`.
+
+    Example:
+        >>> power_step(torch.eye(2) * 3, torch.tensor([0.6, 0.8]))
+        tensor([0.6000, 0.8000])
+    """
+    for _ in range(steps):
+        image = torch.mv(matrix.t(), left) if image is None else image
+        left, image = next_left(matrix, image, left), None
+    return left
+
+
 def power_steps(
     matrices: Sequence[Float[Tensor, "_ _"]],
     lefts: Sequence[Float[Tensor, " _"]],
@@ -98,7 +117,7 @@ def power_steps(
         steps: How many.
     """
     if all(matrix.device.type == "cpu" for matrix in matrices):
-        return [_one(*given, steps) for given in zip(matrices, lefts, images, strict=True)]
+        return [power_step(*given, steps=steps) for given in zip(matrices, lefts, images, strict=True)]
     found: list[Tensor] = list(lefts)
     alike: dict[tuple, list[int]] = {}
     for place, matrix in enumerate(matrices):
@@ -113,7 +132,7 @@ def power_steps(
     for places in batches:
         if len(places) == 1:
             (place,) = places
-            found[place] = _one(matrices[place], lefts[place], images[place], steps)
+            found[place] = power_step(matrices[place], lefts[place], images[place], steps=steps)
             continue
         given = [images[place] for place in places]
         known = [image for image in given if image is not None]
@@ -126,13 +145,6 @@ def power_steps(
         for place, one in zip(places, left.unbind(), strict=True):
             found[place] = one
     return found
-
-
-def _one(matrix: Tensor, left: Tensor, image: Tensor | None, steps: int) -> Tensor:
-    for _ in range(steps):
-        image = torch.mv(matrix.t(), left) if image is None else image
-        left, image = next_left(matrix, image, left), None
-    return left
 
 
 def _stacked(stack: Tensor, left: Tensor, image: Tensor | None, steps: int) -> Tensor:

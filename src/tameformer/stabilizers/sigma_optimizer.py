@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tameformer.patch import Selector, select
-from tameformer.stabilizers.power_iteration import image_and_sigma, power_steps
+from tameformer.stabilizers.power_iteration import image_and_sigma, power_step, power_steps
 from tameformer.stabilizers.sigma_reparam import is_matrix_layer, more_at_first, plain_weights, start_at
 from tameformer.stabilizers.sigma_weight import (
     SigmaReparam,
@@ -154,15 +154,20 @@ class SigmaBesideOptimizer:
     @torch.no_grad()
     def _advance(self) -> None:
         steps, weights = self.steps_at(self.updates), list(self._weights.values())
-        # On a processor one after the other: what its power step has read is in the cache when the layer's weight is written.
-        together = [[weight] for weight in weights] if weights[0].left.device.type == "cpu" else [weights]
-        for some in together:
-            matrices = [matrix for weight in some for matrix in weight.matrices()]
-            lefts = [left for weight in some for left in weight.lefts]
-            images = [image for weight in some for image in weight.images]
+        if weights[0].left.device.type == "cpu":
+            # One after the other: what its power step has read is in the cache when the layer's weight is written. And the last
+            # first: the optimizer has just come by there, and the next forward pass begins at the other end.
+            for weight in reversed(weights):
+                for left, matrix, image in zip(weight.lefts, weight.matrices(), weight.images, strict=True):
+                    left.copy_(power_step(matrix, left, image, steps=steps))
+                weight.write()
+        else:
+            matrices = [matrix for weight in weights for matrix in weight.matrices()]
+            lefts = [left for weight in weights for left in weight.lefts]
+            images = [image for weight in weights for image in weight.images]
             for left, advanced in zip(lefts, power_steps(matrices, lefts, images, steps=steps), strict=True):
                 left.copy_(advanced)
-            for weight in some:
+            for weight in weights:
                 weight.write()
         self.updates += 1
 
@@ -177,17 +182,17 @@ class _Weight:
         left: Their left singular vectors, end to end.
     """
 
-    images: list[Tensor]
-    """storedᵀ left of each matrix."""
-    sigmas: list[Any]
-    factors: list[Any]
-    """gamma / sigma of each matrix."""
-
     def __init__(self, effective: nn.Parameter, parts: Parts, gamma: nn.Parameter, left: Tensor) -> None:
         wide = effective.detach().to(left.dtype, copy=True, memory_format=torch.contiguous_format)
         self.effective, self.stored = effective, nn.Parameter(wide, requires_grad=effective.requires_grad)
+        self._stored = (
+            self.stored.detach()
+        )  # what is done to a parameter takes longer than to a plain tensor: 5 us a matrix
         self.parts, self.gamma, self.left = parts, gamma, left
         self.lefts = parts.split(left)
+        self.images: list[Tensor] = []  # storedᵀ left of each matrix
+        self.sigmas: list[Any] = []
+        self.factors: list[Any] = []  # gamma / sigma of each
         with torch.no_grad():
             self.write()
 
@@ -197,12 +202,15 @@ class _Weight:
 
     def matrices(self) -> list[Tensor]:
         """Of the stored weight."""
-        return self.parts.of(self.stored)
+        return self.parts.of(self._stored)
 
     def take_gradient(self, grad: Tensor) -> None:
         """Make the gradient of the effective weight those of the stored one and of gamma."""
         self.effective.grad = None
-        grad = (grad.to_dense() if grad.is_sparse else grad).to(self.left.dtype)
+        if grad.is_sparse:
+            grad = grad.to_dense()
+        if grad.dtype != self.left.dtype:
+            grad = grad.to(self.left.dtype)
         grads, shares = self.parts.of(grad), []
         for of_grad, matrix, left, image, factor, sigma in zip(
             grads, self.matrices(), self.lefts, self.images, self.factors, self.sigmas, strict=True
@@ -218,7 +226,7 @@ class _Weight:
         """The layer's weight from the stored one, and what the next gradient needs."""
         matrices, gammas = self.matrices(), numbers(self.gamma)
         in_place = self.parts.groups == 1 and self.effective.is_contiguous()
-        targets = self.parts.of(self.effective) if in_place else [None] * len(matrices)
+        targets = self.parts.of(self.effective.detach()) if in_place else [None] * len(matrices)
         self.images, self.sigmas, self.factors, scaled = [], [], [], []
         for matrix, left, gamma, target in zip(matrices, self.lefts, gammas, targets, strict=True):
             image, sigma = image_and_sigma(matrix, left)
