@@ -187,7 +187,7 @@ class _Weight:
         self.effective, self.stored = effective, nn.Parameter(wide, requires_grad=effective.requires_grad)
         self._stored = (
             self.stored.detach()
-        )  # what is done to a parameter takes longer than to a plain tensor: 5 us a matrix
+        )  # what is done to a parameter takes longer than to a plain tensor: 6 us a matrix
         self.parts, self.gamma, self.left = parts, gamma, left
         self.lefts = parts.split(left)
         self.images: list[Tensor] = []  # storedᵀ left of each matrix

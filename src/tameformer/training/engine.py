@@ -46,7 +46,7 @@ class Engine:
         if is_shared_out(model):
             return model
         # Buffers are not broadcast: they are functions of the parameters or constants, equal on all ranks already.
-        # It would import torch's distributed tensors to see whether the model has any; `is_shared_out` has answered that.
+        # Left to decide on the placement, accelerate imports torch's distributed tensors to see whether the model has any.
         return cast(nn.Module, self._accelerator.prepare_model(model, device_placement=True))
 
     def seed(self, value: int) -> None:
