@@ -2,7 +2,8 @@
 
 Each variant has a model and a fused AdamW of its own and takes its turn in every round, in random order; ratios are taken
 inside the round. "At first" takes three power steps an update, as the first hundred updates do, the others one. "Beside" keeps
-stored weights and gammas beside the optimizer; "its own work" is 1 and the time of what it does itself over that of the plain
+stored weights and gammas beside the optimizer, and the layers' weights in the precision of the step unless the head says fp32;
+"its own work" is 1 and the time of what it does itself over that of the plain
 step, without what else becomes slower because of the memory it has touched. With four micro-batches the tokens of a step come
 in four parts. Memory is that by which a fresh process, or its accelerator, grows for model, gradients, moments and three
 steps. Sigma's start is compared with the decomposition that the published layers start from. Where there is an accelerator,
@@ -12,6 +13,7 @@ all is measured there.
 import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 
 import torch
@@ -23,12 +25,13 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim import AdamW
 from write_up import Table, parser, set_threads, write
 
-from tameformer.stabilizers.power_iteration import image_and_sigma, leading_left
+from tameformer.stabilizers.power_iteration import image_and_sigma, leading_right
 from tameformer.stabilizers.sigma_optimizer import SigmaBesideOptimizer
 from tameformer.stabilizers.sigma_reparam import SigmaReparam, sigma_reparam
 
 Patch = Callable[[nn.Module], object]
 BESIDE, OWN_WORK = "beside the optimizer", "beside, its own work"
+BESIDE_FP32 = "beside, layers in fp32"
 FLOOR = "floor"
 NOTES = [
     "Floor of sigmaReparam: its 32 bytes a weight and step, 5.3 F / (B N) of 6 N FLOP with F FLOP/s, B bytes/s and N tokens; "
@@ -37,13 +40,15 @@ NOTES = [
 ]
 
 
-def patches() -> dict[str, Patch]:
-    """Variants by name."""
+def patches(dtype: torch.dtype) -> dict[str, Patch]:
+    """Variants by name, for training under autocast to this precision."""
+    beside = partial(SigmaBesideOptimizer, steps_at=lambda updates: 1)
     return {
         "plain": lambda model: None,
         "sigma_reparam": lambda model: sigma_reparam(model, steps_at=lambda updates: 1),
         "sigma_reparam, at first": lambda model: sigma_reparam(model, steps_at=lambda updates: 3),
-        BESIDE: lambda model: SigmaBesideOptimizer(model, steps_at=lambda updates: 1),
+        BESIDE: partial(beside, dtype=dtype),
+        BESIDE_FP32: beside,
         "sigma_reparam, baked": lambda model: sigma_reparam(model).bake(),
         "torch spectral_norm": _spectral_norm,
     }
@@ -81,13 +86,15 @@ def compare(
     size: Size, *, rounds: int, micro_batches: int = 1, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> dict[str, Quartiles]:
     """By variant, for the work of the form beside the optimizer alone, and for the floor: time over the plain step."""
-    steps = {name: step_of(size, patch, micro_batches=micro_batches, dtype=dtype) for name, patch in patches().items()}
+    steps = {
+        name: step_of(size, patch, micro_batches=micro_batches, dtype=dtype) for name, patch in patches(dtype).items()
+    }
     # A model of its own: on an accelerator the clock waits, which a whole step must not.
     watches: list[Stopwatch] = []
     own_work: list[float] = []
 
     def watched(model: nn.Module) -> object:
-        patched = patches()[BESIDE](model)
+        patched = patches(dtype)[BESIDE](model)
         watches.append(Stopwatch(patched, ["_take_gradients", "_advance"], clock=now))
         return patched
 
@@ -120,7 +127,7 @@ def growth(name: str, size: Size, dtype: torch.dtype) -> float:
     import torch._dynamo  # noqa: F401  every optimizer of torch imports it
 
     def train() -> None:
-        step = step_of(size, patches()[name], micro_batches=1, dtype=dtype)
+        step = step_of(size, patches(dtype)[name], micro_batches=1, dtype=dtype)
         for _ in range(3):
             step()
 
@@ -142,8 +149,8 @@ def starts(width: int, *, rounds: int) -> dict[str, Quartiles | float]:
     for _ in range(rounds):
         matrix = torch.randn(width, width, generator=generator).to(device())
         begin = now()
-        left = leading_left(matrix)
-        _, sigma = image_and_sigma(matrix, left)
+        right = leading_right(matrix)
+        _, sigma = image_and_sigma(matrix, right)
         middle = now()
         exact = torch.linalg.svd(matrix, full_matrices=False).S[0]
         ratios.append((now() - middle) / (middle - begin))
@@ -165,8 +172,8 @@ def tracking(size: Size, *, updates: int) -> Quartiles:
         optimizer.zero_grad()
     errors = []
     for one in (module for module in model.modules() if isinstance(module, SigmaReparam)):
-        for matrix, left in zip(one.parts.of(one.weight.detach()), one.parts.split(one.left), strict=True):
-            errors.append(1 - (image_and_sigma(matrix, left)[1] / torch.linalg.matrix_norm(matrix, 2)).item())
+        for matrix, right in zip(one.parts.of(one.weight.detach()), one.right, strict=True):
+            errors.append(1 - (image_and_sigma(matrix, right)[1] / torch.linalg.matrix_norm(matrix, 2)).item())
     return quartiles(errors)
 
 
@@ -188,8 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     set_threads(given.threads)
     rounds = 2 if given.quick else given.rounds
     raw: dict[str, object] = {}
-    steps = Table("Time of a step over the plain one", ["tokens a step", *list(patches())[1:], OWN_WORK, FLOOR])
-    names = list(patches())[:2] if given.quick else list(patches())
+    variants = list(patches(torch.float32))
+    steps = Table("Time of a step over the plain one", ["tokens a step", *variants[1:], OWN_WORK, FLOOR])
+    names = variants[:2] if given.quick else variants
     peaks = Table("Peak memory over the plain model's", ["tokens a step", *names[1:]])
     for size, parts in sizes(quick=given.quick):
         few = max(2, rounds // (1 if size.tokens < 1000 else 3))

@@ -3,6 +3,7 @@
 The simulation is installed in processes of their own, see `simulated_accelerator`.
 """
 
+import gc
 import math
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields
@@ -20,6 +21,8 @@ from tameformer.readings import Readings
 from tameformer.recipes.config import ProbesConfig
 from tameformer.recipes.launch import train
 from tameformer.record import RunReader
+from tameformer.stabilizers.sigma_optimizer import SigmaBesideOptimizer
+from tameformer.stabilizers.sigma_reparam import Rows, sigma_reparam
 from tiny_recipes import SETTINGS, values_of, write_data
 from zoo import FAMILIES, main_output
 
@@ -71,6 +74,45 @@ def watched(name, probes_of=default_probes):
         return readings.values(), dict(waits)
 
 
+def parametrized(model):
+    sigma_reparam(model, split=in_parts)
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def beside_optimizer(model):
+    beside = SigmaBesideOptimizer(model, split=in_parts)
+    optimizer = torch.optim.AdamW(beside.groups([{"params": list(model.parameters())}]), lr=1e-2)
+    beside.follow(optimizer)
+    return optimizer
+
+
+def in_parts(name, module, parent):
+    return {"0": Rows((4, 12)), "2": Rows((1, 2), groups=2)}.get(name)
+
+
+def reparametrized(optimizer_of):
+    """Losses with a learned spectral norm of two layers of one shape and two of others, and what waited in the last steps."""
+    with simulated() as waits:
+        torch.manual_seed(0)
+        device = DEVICE if torch.accelerator.is_available() else "cpu"
+        layers = nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        model, data, losses = nn.Sequential(*layers).to(device), torch.linspace(-1, 1, 48).view(8, 6).to(device), []
+        optimizer = optimizer_of(model)
+        for step in range(6):
+            if step == 2:
+                waits.clear()
+            loss = (model(data) - data).square().mean()
+            loss.backward()
+            optimizer.step()
+            model.zero_grad()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        there = dict(waits)
+    del model, optimizer
+    gc.collect()  # while a reparametrized model is alive, a later run asks whether a step has been
+    return torch.stack(losses).tolist(), there
+
+
 def mixed():
     with simulated():
         return torch.ones(3, device="simulated") + torch.ones(3)
@@ -101,6 +143,15 @@ def test_every_recipe_trains_there_as_on_a_processor(recipe, data, tmp_path, on_
     for key in LOSSES:
         assert math.isclose(there[key], here[key], rel_tol=1e-5)
     assert any("prepare_model" in line for line in waits)  # it was there
+
+
+@pytest.mark.parametrize("form", [parametrized, beside_optimizer])
+def test_power_steps_and_gradients_of_sigma_reparam_wait_for_nothing(form, on_accelerator):
+    there, waits = on_accelerator(reparametrized, form)
+    here, _ = reparametrized(form)
+    assert there == pytest.approx(here, rel=1e-5)
+    assert here[-1] < here[0]
+    assert not waits
 
 
 def steady(waits):

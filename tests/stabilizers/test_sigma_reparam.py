@@ -176,10 +176,10 @@ def test_state_stays_in_full_precision_beside_half_precision():
     sigma_reparam(model)
     model.bfloat16()
     one = members(model)[0]
-    assert (one.left.dtype, one.gamma.dtype, one.weight.dtype) == (torch.float32, torch.float32, torch.bfloat16)
+    assert (one.right.dtype, one.gamma.dtype, one.weight.dtype) == (torch.float32, torch.float32, torch.bfloat16)
     assert model[0].weight.dtype == torch.bfloat16
     train(model, 2, lambda model: model(torch.ones(3, 6, dtype=torch.bfloat16)))
-    assert (one.left.dtype, one.gamma.grad) == (torch.float32, None)
+    assert (one.right.dtype, one.gamma.grad) == (torch.float32, None)
     wide = one.effective().float()
     assert spectral_norm(wide).item() == pytest.approx(one.gamma.abs().item(), rel=0.01)
     later = mlp().bfloat16()
@@ -201,7 +201,7 @@ def test_autocast_does_not_touch_sigma():
         torch.optim.SGD(model.parameters(), lr=0.1).step()
     assert all(grad.dtype == torch.float32 for grad in inside)
     one = members(model)[0]
-    torch.testing.assert_close(one.left.norm(), torch.tensor(1.0))
+    torch.testing.assert_close(one.right.norm(), torch.tensor(1.0))
 
 
 def test_meta_device():
@@ -392,10 +392,10 @@ def test_an_average_of_models_has_the_averaged_spectral_norm():
         optimizer.zero_grad()
         average.update_parameters(model)
     found = members(average.eval())
-    assert min(abs(one.left.norm().item() - 1) for one in found) > 0.3  # so there is something to mend
+    assert min(abs(one.right.norm().item() - 1) for one in found) > 0.3  # so there is something to mend
     with torch.no_grad():
         average(x)
     for one, layer in zip(found, [average.module[0], average.module[2]], strict=True):
-        assert one.left.norm().item() == pytest.approx(1, abs=1e-5)
+        assert one.right.norm().item() == pytest.approx(1, abs=1e-5)
         assert spectral_norm(layer.weight).item() == pytest.approx(one.gamma.abs().item(), rel=0.05)
     assert torch.equal(average(x), average(x))

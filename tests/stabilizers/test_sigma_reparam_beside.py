@@ -65,13 +65,42 @@ def test_starts_where_the_model_is_and_keeps_its_parameters():
     assert beside.names == ["0.weight", "2.weight"]
 
 
+def test_starts_at_the_same_weights_bit_for_bit():
+    """Gamma over sigma has to be 1, for which both must be numbers of the same precision."""
+    model = nn.Sequential(*(nn.Linear(5, 7) for _ in range(100)))
+    kept = [layer.weight.detach().clone() for layer in model]
+    SigmaBesideOptimizer(model)
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(model, kept, strict=True))
+
+
+def test_weights_without_a_gradient_stay_where_they_are():
+    model = model_of()
+    model[2].weight.requires_grad_(False)
+    spare = nn.Linear(6, 6)
+    beside = SigmaBesideOptimizer(nn.ModuleList([model, spare]), gamma=1.3)
+    groups = [{"params": [*model.parameters(), *spare.parameters()]}]
+    optimizer = torch.optim.AdamW(beside.groups(groups, gamma_settings={"weight_decay": 0.1}), lr=1e-2)
+    beside.follow(optimizer)
+    spare(model(DATA)).square().mean().backward()  # for once, so that its moments would move it
+    optimizer.step()
+    model.zero_grad()
+    spare.zero_grad()
+    before = copy.deepcopy(beside.state_dict())
+    train(model, optimizer, 3)
+    after = beside.state_dict()
+    moved = {
+        name for name, tensor in after.items() if name.endswith(("stored", "gamma")) and not tensor.equal(before[name])
+    }
+    assert moved == {"0.0.weight.stored", "0.0.weight.gamma"}
+
+
 def test_groups_hold_each_once_without_decay_on_stored_weights():
     model = model_of()
     beside = SigmaBesideOptimizer(model)
     groups = beside.groups(decay_groups(model, weight_decay=0.1), gamma_settings={"weight_decay": 0.2})
     parameters = [parameter for group in groups for parameter in group["params"]]
-    assert len({id(parameter) for parameter in parameters}) == len(parameters) == 6
-    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(2, 0.0), (2, 0.0), (2, 0.2)]
+    assert len({id(parameter) for parameter in parameters}) == len(parameters) == 5
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(2, 0.0), (2, 0.0), (1, 0.2)]
     assert not {id(parameter) for parameter in parameters} & {id(model[0].weight), id(model[2].weight)}
 
 
@@ -107,6 +136,25 @@ def test_resumes_exactly():
     assert train(fresh, resumed, 5) == expected
 
 
+def test_weights_whose_memory_is_exchanged_are_followed():
+    """As optimizers that look around, and averages of weights, do it: by `parameter.data = ...`."""
+
+    def trained(exchange):
+        model = model_of()
+        beside = SigmaBesideOptimizer(model)
+        optimizer = optimizer_of(model, beside)
+        beside.follow(optimizer)
+        train(model, optimizer, 2)
+        if exchange:
+            for parameter in [one for group in optimizer.param_groups for one in group["params"]]:
+                parameter.data = parameter.data.clone()
+            for parameter in model.parameters():
+                parameter.data = parameter.data.clone()
+        return train(model, optimizer, 5)
+
+    assert trained(exchange=True) == trained(exchange=False)
+
+
 def test_half_precision_layers_beside_full_precision_weights():
     model = model_of().bfloat16()
     beside = SigmaBesideOptimizer(model)
@@ -116,6 +164,27 @@ def test_half_precision_layers_beside_full_precision_weights():
     optimizer.step()
     assert model[0].weight.dtype == torch.bfloat16
     assert beside.state_dict()["0.weight.stored"].dtype == torch.float32
+
+
+def test_layers_in_bf16_compute_under_autocast_what_it_would_round_fp32_to():
+    def trained(dtype):
+        model = model_of()
+        beside = SigmaBesideOptimizer(model, split=fused, dtype=dtype)
+        optimizer = optimizer_of(model, beside)
+        beside.follow(optimizer)
+        assert model[0].weight.dtype == (dtype or torch.float32)
+        return train(torch.autocast("cpu", dtype=torch.bfloat16)(model), optimizer, 20), beside.state_dict()
+
+    (losses, state), (rounded_losses, rounded_state) = trained(None), trained(torch.bfloat16)
+    assert rounded_losses == losses
+    assert all(torch.equal(rounded_state[name], tensor) for name, tensor in state.items())
+
+
+def test_embeddings_stay_in_fp32_beside_layers_in_bf16():
+    model = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "hidden": nn.Linear(4, 4), "out": nn.Linear(4, 5)})
+    model["out"].weight = model["embedding"].weight
+    SigmaBesideOptimizer(model, dtype=torch.bfloat16)
+    assert [model[name].weight.dtype for name in model] == [torch.float32, torch.bfloat16, torch.float32]
 
 
 def test_ties_stay():

@@ -54,18 +54,18 @@ def test_algebra(seed, out, in_, gamma):
 
 def test_own_gradient_agrees_with_autograd_and_numbers():
     torch.manual_seed(3)
-    weight, left = (
+    weight, right = (
         torch.randn(5, 4, dtype=torch.float64),
-        nn.functional.normalize(torch.randn(5, dtype=torch.float64), dim=0),
+        nn.functional.normalize(torch.randn(4, dtype=torch.float64), dim=0),
     )
     gamma = torch.tensor(1.7, dtype=torch.float64)
     weight.requires_grad_(), gamma.requires_grad_()
-    assert torch.autograd.gradcheck(effective_weight, (weight, gamma, left))
-    assert torch.autograd.gradgradcheck(effective_weight, (weight, gamma, left))
+    assert torch.autograd.gradcheck(effective_weight, (weight, gamma, right))
+    assert torch.autograd.gradgradcheck(effective_weight, (weight, gamma, right))
     layer = nn.Linear(4, 6, dtype=torch.float64)
     sigma_reparam(layer, split=lambda *_: Rows((1, 2), groups=2))
     one = members(layer)[0]
-    one.left.copy_(nn.functional.normalize(torch.randn(6, dtype=torch.float64), dim=0))  # any fixed vector
+    one.right.copy_(nn.functional.normalize(torch.randn(2, 4, dtype=torch.float64), dim=-1))  # any fixed vector
     assert torch.autograd.gradcheck(lambda weight, gamma: _at(one, weight, gamma), (one.weight, one.gamma))
 
 
@@ -81,7 +81,7 @@ def test_gradients_in_fp32_against_float64(shape):
     one = members(layer)[0]
     layer.weight.backward(grad)
     weight, gamma = one.weight.detach().double().requires_grad_(), one.gamma.detach().double().requires_grad_()
-    effective_weight(weight, gamma[0], nn.functional.normalize(one.left.double(), dim=0)).backward(grad.double())
+    effective_weight(weight, gamma[0], nn.functional.normalize(one.right[0].double(), dim=0)).backward(grad.double())
     for mine, exact, bound in ((one.weight.grad, weight.grad, 1e-6), (one.gamma.grad, gamma.grad, 5e-5)):
         assert (mine.double() - exact).norm() <= bound * exact.norm()
 

@@ -21,8 +21,8 @@ _BATCH_ENTRIES = 2**24
 """Matrices of one shape are copied together up to so many entries."""
 
 
-def leading_left(matrix: Float[Tensor, "out in_"], *, products: int = 20) -> Float[Tensor, " out"]:
-    """The left singular vector of the largest singular value, of length 1.
+def leading_right(matrix: Float[Tensor, "out in_"], *, products: int = 20) -> Float[Tensor, " in_"]:
+    """The right singular vector of the largest singular value, of length 1.
 
     Args:
         matrix: In fp32 or fp64.
@@ -30,11 +30,11 @@ def leading_left(matrix: Float[Tensor, "out in_"], *, products: int = 20) -> Flo
             finds sigma of a Gaussian 2048 x 2048 matrix within 0.2 %, and that of one with a leading direction to rounding.
 
     Example:
-        >>> leading_left(torch.diag(torch.tensor([1.0, 3.0]))).abs()
+        >>> leading_right(torch.diag(torch.tensor([1.0, 3.0]))).abs()
         tensor([0., 1.])
     """
     if min(matrix.shape) <= _EXACT_BELOW:
-        return torch.linalg.svd(matrix, full_matrices=False).U[:, 0].contiguous()
+        return torch.linalg.svd(matrix, full_matrices=False).Vh[0].contiguous()
     products = min(products, *matrix.shape)
     generator = torch.Generator().manual_seed(0)  # always the same, and no draw from the global generator
     right = torch.randn(matrix.shape[1], generator=generator).to(matrix)
@@ -49,76 +49,66 @@ def leading_left(matrix: Float[Tensor, "out in_"], *, products: int = 20) -> Flo
             right = right - torch.mv(known.t(), torch.mv(known, right))
     # Rayleigh and Ritz: the best combination of the images, from their small Gram matrix
     _, combinations = torch.linalg.eigh(images @ images.t())
-    left = torch.mv(images.t(), combinations[:, -1])
-    return left / torch.linalg.vector_norm(left)
+    right = torch.mv(matrix.t(), torch.mv(images.t(), combinations[:, -1]))
+    return right / torch.linalg.vector_norm(right)
 
 
 def image_and_sigma(
-    matrix: Float[Tensor, "out in_"], left: Float[Tensor, " out"]
-) -> tuple[Float[Tensor, " in_"], Float[Tensor, ""]]:
-    """matrixᵀ left and its length, which is the estimate of sigma: at most the spectral norm, exact for the exact `left`.
+    matrix: Float[Tensor, "out in_"], right: Float[Tensor, " in_"]
+) -> tuple[Float[Tensor, " out"], Float[Tensor, ""]]:
+    """Matrix times `right`, and its length, the estimate of sigma: at most the spectral norm, exact for the exact `right`.
 
     Example:
         >>> image, sigma = image_and_sigma(torch.eye(2) * 3, torch.tensor([0.0, 1.0]))
         >>> image, sigma
         (tensor([0., 3.]), tensor(3.))
     """
-    image = torch.mv(matrix.t(), left)
+    image = torch.mv(matrix, right)
     return image, torch.linalg.vector_norm(image)
 
 
-def next_left(
-    matrix: Float[Tensor, "out in_"], image: Float[Tensor, " in_"], left: Float[Tensor, " out"]
-) -> Float[Tensor, " out"]:
-    """The other half of a power step: matrix image at length 1, or `left` where that is zero or not finite.
+def power_step(matrix: Float[Tensor, "out in_"], right: Float[Tensor, " in_"], image: Float[Tensor, " out"]) -> None:
+    """Write matrixᵀ image at length 1 into `right`; leave `right` as it is where that is zero or not finite.
+
+    With image = matrix right this is a step of power iteration.
 
     Example:
-        >>> next_left(torch.eye(2), torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0]))
-        tensor([0.6000, 0.8000])
+        >>> right = torch.tensor([0.6, 0.8])
+        >>> power_step(torch.diag(torch.tensor([0.0, 2.0])), right, torch.tensor([0.0, 1.6]))
+        >>> right
+        tensor([0., 1.])
     """
-    return _unit_or(torch.mv(matrix, image), left)
-
-
-def power_step(
-    matrix: Float[Tensor, "out in_"],
-    left: Float[Tensor, " out"],
-    image: Float[Tensor, " in_"] | None = None,
-    *,
-    steps: int = 1,
-) -> Float[Tensor, " out"]:
-    """The left vector after so many power steps of one matrix; `image` as in `power_steps`.
-
-    Example:
-        >>> power_step(torch.eye(2) * 3, torch.tensor([0.6, 0.8]))
-        tensor([0.6000, 0.8000])
-    """
-    for _ in range(steps):
-        image = torch.mv(matrix.t(), left) if image is None else image
-        left, image = next_left(matrix, image, left), None
-    return left
+    found = torch.mv(matrix.t(), image)
+    if found.is_cpu:
+        length = torch.linalg.vector_norm(found).item()  # costs less here than three operations without knowing it
+        if 0 < length < math.inf:
+            torch.div(found, length, out=right)
+    else:
+        right.copy_(_unit_or(found, right))
 
 
 def power_steps(
     matrices: Sequence[Float[Tensor, "_ _"]],
-    lefts: Sequence[Float[Tensor, " _"]],
+    rights: Sequence[Float[Tensor, " _"]],
     images: Sequence[Float[Tensor, " _"] | None],
     *,
     steps: int,
-) -> list[Float[Tensor, " _"]]:
-    """Power steps of several matrices, each ending in its next left vector.
+) -> None:
+    """Power steps of several matrices, whose right vectors are written in place.
 
     On a processor they go one by one, since a product of one matrix and one vector runs at the speed of memory and a
     batched one does not; elsewhere those of one shape go together, since there a call costs more than a copy.
 
     Args:
         matrices: As they are now.
-        lefts: Their left vectors.
+        rights: Their right vectors.
         images: `image_and_sigma` of the matrices before they changed, which saves a product; None computes it.
         steps: How many.
     """
-    if all(matrix.device.type == "cpu" for matrix in matrices):
-        return [power_step(*given, steps=steps) for given in zip(matrices, lefts, images, strict=True)]
-    found: list[Tensor] = list(lefts)
+    if all(matrix.is_cpu for matrix in matrices):
+        for one in zip(matrices, rights, images, strict=True):
+            _one_by_one(*one, steps)
+        return
     alike: dict[tuple, list[int]] = {}
     for place, matrix in enumerate(matrices):
         key = (matrix.shape, matrix.dtype, matrix.device, images[place] is None)
@@ -132,31 +122,33 @@ def power_steps(
     for places in batches:
         if len(places) == 1:
             (place,) = places
-            found[place] = power_step(matrices[place], lefts[place], images[place], steps=steps)
+            _one_by_one(matrices[place], rights[place], images[place], steps)
             continue
         given = [images[place] for place in places]
         known = [image for image in given if image is not None]
-        left = _stacked(
+        advanced = _stacked(
             torch.stack([matrices[place] for place in places]),
-            torch.stack([lefts[place] for place in places]),
+            torch.stack([rights[place] for place in places]),
             torch.stack(known) if known else None,
             steps,
         )
-        for place, one in zip(places, left.unbind(), strict=True):
-            found[place] = one
-    return found
+        for place, right in zip(places, advanced.unbind(), strict=True):
+            rights[place].copy_(right)
 
 
-def _stacked(stack: Tensor, left: Tensor, image: Tensor | None, steps: int) -> Tensor:
+def _one_by_one(matrix: Tensor, right: Tensor, image: Tensor | None, steps: int) -> None:
     for _ in range(steps):
-        image = (stack.mT @ left.unsqueeze(-1)).squeeze(-1) if image is None else image
-        left, image = _unit_or((stack @ image.unsqueeze(-1)).squeeze(-1), left), None
-    return left
+        power_step(matrix, right, torch.mv(matrix, right) if image is None else image)
+        image = None
+
+
+def _stacked(stack: Tensor, right: Tensor, image: Tensor | None, steps: int) -> Tensor:
+    for _ in range(steps):
+        image = (stack @ right.unsqueeze(-1)).squeeze(-1) if image is None else image
+        right, image = _unit_or((stack.mT @ image.unsqueeze(-1)).squeeze(-1), right), None
+    return right
 
 
 def _unit_or(vector: Tensor, other: Tensor) -> Tensor:
-    if vector.device.type == "cpu" and vector.ndim == 1:  # where reading a number costs less than four operations
-        length = torch.linalg.vector_norm(vector).item()
-        return vector / length if 0 < length < math.inf else other
     length = torch.linalg.vector_norm(vector, dim=-1, keepdim=True)
     return torch.where(length.isfinite() & (length > 0), vector / length, other)

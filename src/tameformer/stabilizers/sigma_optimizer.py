@@ -7,18 +7,23 @@ optimizer step. In exchange the loop must keep to three things, which is why it 
 - gradients are cleared by `model.zero_grad()` where a step is left out (the optimizer does not know the layers' weights);
 - a gradient scaler has no gradients to look at: train in fp32 or bf16. Clipping sees the gradients of the effective weights.
 
+All gammas are one parameter, since an optimizer takes as long for one number as for hundreds. Those of weights without a
+gradient in a step are put back after it.
+
 A checkpoint holds `state_dict()` beside those of model and optimizer.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tameformer.errors import PatchError
 from tameformer.patch import Selector, select
-from tameformer.stabilizers.power_iteration import image_and_sigma, power_step, power_steps
+from tameformer.stabilizers.power_iteration import power_step, power_steps
 from tameformer.stabilizers.sigma_reparam import is_matrix_layer, more_at_first, plain_weights, start_at
 from tameformer.stabilizers.sigma_weight import (
     SigmaReparam,
@@ -29,7 +34,7 @@ from tameformer.stabilizers.sigma_weight import (
     stacked,
     without_share,
 )
-from tameformer.stabilizers.weight_parts import Parts, Split, is_transposed, split_fused
+from tameformer.stabilizers.weight_parts import Parts, Split, is_transposed, split_fused, weight_names
 
 
 class SigmaBesideOptimizer:
@@ -42,9 +47,13 @@ class SigmaBesideOptimizer:
         gain: As in `sigma_reparam`.
         split: The parts of fused projections.
         steps_at: Power steps after each update.
+        dtype: Of the layers' weights; None leaves them as they are. With `torch.bfloat16`, the layers hold what autocast would
+            round their weights to: a model that runs under autocast to it, and only there, computes the same numbers, and is
+            spared the rounding. Gradients are then added up over micro-batches in that precision. Stored weights stay in fp32,
+            and so do weights that other layers share, such as embeddings, which autocast does not round.
 
     Raises:
-        PatchError: As `sigma_reparam` does.
+        PatchError: As `sigma_reparam` does; or the model is on several devices.
 
     Example:
         >>> model = nn.Linear(3, 2)
@@ -64,11 +73,13 @@ class SigmaBesideOptimizer:
         gain: float | None = None,
         split: Split = split_fused,
         steps_at: StepsAt = more_at_first,
+        dtype: torch.dtype | None = None,
     ) -> None:
         layers = select(model, where, looked_for="linear layers, convolutions, attention projections")
         parents = {id(child): parent for parent in model.modules() for child in parent.children()}
         self.steps_at, self.updates = steps_at, 0
         self._weights: dict[str, _Weight] = {}
+        gammas: list[Tensor] = []
         for end, weight in plain_weights(layers):
             if any(weight is other.effective for other in self._weights.values()):
                 continue
@@ -76,7 +87,24 @@ class SigmaBesideOptimizer:
             parts = Parts(weight.shape, transposed=is_transposed(end.module), rows=rows)
             # For its state at the start; it is never called.
             start = SigmaReparam(weight, parts, start=start_at(gamma, gain), steps_at=steps_at, name=end.full)
-            self._weights[end.full] = _Weight(weight, parts, start.gamma, start.left)
+            self._weights[end.full] = _Weight(weight, parts, start.right)
+            gammas.append(start.gamma.detach())
+        if len({gamma.device for gamma in gammas}) > 1:
+            raise PatchError("expected a model on one device, got one over several; use sigma_reparam")
+        self._counts = [len(gamma) for gamma in gammas]
+        self.gammas = nn.Parameter(torch.cat(gammas))
+        self._resting: list[tuple[Tensor, Tensor]] = []
+        if dtype is not None:
+            kept = {
+                id(one)
+                for other in model.modules()
+                if not weight_names(other)
+                for one in other.parameters(recurse=False)
+            }
+            for weight in self._weights.values():
+                if id(weight.effective) not in kept:
+                    weight.effective.data = weight.effective.detach().to(dtype)
+        self._write()
 
     @property
     def names(self) -> list[str]:
@@ -106,7 +134,7 @@ class SigmaBesideOptimizer:
                 found.append({**settings, "params": plain})
             if mine:
                 found.append({**settings, "params": mine, "weight_decay": 0.0})
-        return [*found, {**(gamma_settings or {}), "params": [weight.gamma for weight in self._weights.values()]}]
+        return [*found, {**(gamma_settings or {}), "params": [self.gammas]}]
 
     def follow(self, optimizer: Optimizer) -> None:
         """Give the optimizer its gradients before each step, and the layers their weights after it.
@@ -128,8 +156,9 @@ class SigmaBesideOptimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """Stored weights, gammas and singular vectors, by the names of the weights."""
         state = {"updates": torch.tensor(self.updates)}
-        for name, weight in self._weights.items():
-            state |= {f"{name}.{key}": tensor for key, tensor in weight.state().items()}
+        for (name, weight), gamma in zip(self._weights.items(), self._gammas(), strict=True):
+            of_weight = {"stored": weight.stored.detach(), "gamma": gamma, "right": weight.right}
+            state |= {f"{name}.{key}": tensor for key, tensor in of_weight.items()}
         return state
 
     @torch.no_grad()
@@ -139,37 +168,85 @@ class SigmaBesideOptimizer:
         Raises:
             KeyError: A weight is not in it.
         """
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
         self.updates = int(state["updates"])
-        for name, weight in self._weights.items():
-            for key, tensor in weight.state().items():
-                tensor.copy_(state[f"{name}.{key}"])
-            weight.write()
+        self._write()
+
+    def _gammas(self) -> tuple[Tensor, ...]:
+        """Of each weight, in the memory of the parameter."""
+        return self.gammas.detach().split(self._counts)
 
     @torch.no_grad()
     def _take_gradients(self) -> None:
-        for weight in self._weights.values():
-            if weight.effective.grad is not None:
-                weight.take_gradient(weight.effective.grad)
+        found, self._resting = [], []
+        for place, weight in enumerate(self._weights.values()):
+            if weight.effective.grad is None:
+                gamma = self._gammas()[place]
+                self._resting.append((gamma, gamma.clone()))
+                found += numbers(torch.zeros_like(gamma))
+                weight.stored.grad = None
+            else:
+                found += weight.take_gradient(weight.effective.grad)
+        self.gammas.grad = stacked(found, like=self.gammas) if len(self._resting) < len(self._weights) else None
 
     @torch.no_grad()
     def _advance(self) -> None:
-        steps, weights = self.steps_at(self.updates), list(self._weights.values())
-        if weights[0].left.device.type == "cpu":
-            # One after the other: what its power step has read is in the cache when the layer's weight is written. And the last
-            # first: the optimizer has just come by there, and the next forward pass begins at the other end.
-            for weight in reversed(weights):
-                for left, matrix, image in zip(weight.lefts, weight.matrices(), weight.images, strict=True):
-                    left.copy_(power_step(matrix, left, image, steps=steps))
-                weight.write()
-        else:
-            matrices = [matrix for weight in weights for matrix in weight.matrices()]
-            lefts = [left for weight in weights for left in weight.lefts]
-            images = [image for weight in weights for image in weight.images]
-            for left, advanced in zip(lefts, power_steps(matrices, lefts, images, steps=steps), strict=True):
-                left.copy_(advanced)
-            for weight in weights:
-                weight.write()
+        for gamma, before in self._resting:
+            gamma.copy_(before)
+        self._write(steps=self.steps_at(self.updates))
         self.updates += 1
+
+    @torch.no_grad()
+    def _write(self, *, steps: int = 0) -> None:
+        """The layers' weights from the stored ones, after so many power steps."""
+        # The last first: the optimizer has just come by there, and the next forward pass begins at the other end.
+        weights = [*reversed(self._weights.values())]
+        matrices = [one for weight in weights for one in reversed(weight.matrices())]
+        if not matrices[0].right.is_cpu:
+            rights, images = [one.right for one in matrices], [one.image for one in matrices]
+            power_steps([one.stored for one in matrices], rights, images, steps=steps)
+            steps = 0
+        # On a processor one after the other: what its power step has read is in the cache when the layer's matrix is written.
+        for one, gamma in zip(matrices, reversed(numbers(self.gammas.detach())), strict=True):
+            one.write(gamma, steps)
+        for weight in weights:
+            weight.finish()
+
+
+@dataclass(slots=True)
+class _Matrix:
+    """One matrix of a weight, and what its next gradient and its next power step need.
+
+    Kept from step to step, and lean: the weights leave no room in the cache for code and objects, so that every view, call and
+    check is felt.
+    """
+
+    stored: Tensor
+    target: Tensor  # in the layer's weight, where it can be written in place
+    right: Tensor
+    image: Tensor  # stored right
+    sigma: Any = None
+    factor: Any = None  # gamma / sigma
+
+    def take_gradient(self, grad: Tensor) -> Any:
+        """Make the gradient of the effective matrix that of the stored one; returns that of gamma."""
+        factor, sigma = self.factor, self.sigma
+        share = number(dot(grad, self.stored)) / sigma
+        without_share(grad, factor, -factor * share / sigma, self.image, self.right, out=grad)
+        return share
+
+    def write(self, gamma: Any, steps: int) -> None:
+        """The effective matrix, after so many power steps."""
+        stored, right, image = self.stored, self.right, self.image
+        for step in range(steps):
+            if step:
+                torch.mv(stored, right, out=image)
+            power_step(stored, right, image)
+        torch.mv(stored, right, out=image)
+        self.sigma = sigma = number(torch.linalg.vector_norm(image))
+        self.factor = factor = gamma / sigma
+        torch.mul(stored, factor, out=self.target)
 
 
 class _Weight:
@@ -178,62 +255,46 @@ class _Weight:
     Args:
         effective: The layer's parameter.
         parts: The matrices in it.
-        gamma: One number for each.
-        left: Their left singular vectors, end to end.
+        right: Their right singular vectors.
     """
 
-    def __init__(self, effective: nn.Parameter, parts: Parts, gamma: nn.Parameter, left: Tensor) -> None:
-        wide = effective.detach().to(left.dtype, copy=True, memory_format=torch.contiguous_format)
+    def __init__(self, effective: nn.Parameter, parts: Parts, right: Tensor) -> None:
+        wide = effective.detach().to(right.dtype, copy=True, memory_format=torch.contiguous_format)
         self.effective, self.stored = effective, nn.Parameter(wide, requires_grad=effective.requires_grad)
-        self._stored = (
-            self.stored.detach()
-        )  # what is done to a parameter takes longer than to a plain tensor: 6 us a matrix
-        self.parts, self.gamma, self.left = parts, gamma, left
-        self.lefts = parts.split(left)
-        self.images: list[Tensor] = []  # storedᵀ left of each matrix
-        self.sigmas: list[Any] = []
-        self.factors: list[Any] = []  # gamma / sigma of each
-        with torch.no_grad():
-            self.write()
+        self.parts, self.right = parts, right
+        images = [right.new_empty(size) for size in parts.sizes]
+        self._matrices = [_Matrix(right, right, *both) for both in zip(right, images, strict=True)]
+        self._seen: tuple[int, int] | None = None
 
-    def state(self) -> dict[str, Tensor]:
-        """All that a resumed run needs."""
-        return {"stored": self.stored.detach(), "gamma": self.gamma.detach(), "left": self.left}
+    def matrices(self) -> list[_Matrix]:
+        """In the memory that the two weights have now: whoever assigns to `.data` gives them another."""
+        places = self.stored.data_ptr(), self.effective.data_ptr()
+        if places != self._seen or self.parts.groups > 1:
+            effective, found = self.effective.detach(), self.parts.of(self.stored.detach())
+            targets = self.parts.of(effective) if self._is_in_place else [torch.empty_like(one) for one in found]
+            for one, stored, target in zip(self._matrices, found, targets, strict=True):
+                one.stored, one.target = stored, target
+            self._seen = places
+        return self._matrices
 
-    def matrices(self) -> list[Tensor]:
-        """Of the stored weight."""
-        return self.parts.of(self._stored)
+    @property
+    def _is_in_place(self) -> bool:
+        return self.parts.groups == 1 and self.effective.is_contiguous()
 
-    def take_gradient(self, grad: Tensor) -> None:
-        """Make the gradient of the effective weight those of the stored one and of gamma."""
+    def take_gradient(self, grad: Tensor) -> list[Any]:
+        """Make the gradient of the effective weight that of the stored one; returns those of the gammas."""
         self.effective.grad = None
         if grad.is_sparse:
             grad = grad.to_dense()
-        if grad.dtype != self.left.dtype:
-            grad = grad.to(self.left.dtype)
-        grads, shares = self.parts.of(grad), []
-        for of_grad, matrix, left, image, factor, sigma in zip(
-            grads, self.matrices(), self.lefts, self.images, self.factors, self.sigmas, strict=True
-        ):
-            share = number(dot(of_grad, matrix)) / sigma
-            without_share(of_grad, factor, -factor * share / sigma, left, image, out=of_grad)
-            shares.append(share)
+        if grad.dtype != self.right.dtype:
+            grad = grad.to(self.right.dtype)
+        grads = self.parts.of(grad)
+        shares = [one.take_gradient(part) for one, part in zip(self.matrices(), grads, strict=True)]
         # In place where the matrices are views of the gradient, which they are but for interleaved groups of heads.
         self.stored.grad = grad if self.parts.groups == 1 else self.parts.join(grads)
-        self.gamma.grad = stacked(shares, like=self.gamma)
+        return shares
 
-    def write(self) -> None:
-        """The layer's weight from the stored one, and what the next gradient needs."""
-        matrices, gammas = self.matrices(), numbers(self.gamma)
-        in_place = self.parts.groups == 1 and self.effective.is_contiguous()
-        targets = self.parts.of(self.effective.detach()) if in_place else [None] * len(matrices)
-        self.images, self.sigmas, self.factors, scaled = [], [], [], []
-        for matrix, left, gamma, target in zip(matrices, self.lefts, gammas, targets, strict=True):
-            image, sigma = image_and_sigma(matrix, left)
-            sigma = number(sigma)
-            self.images.append(image)
-            self.sigmas.append(sigma)
-            self.factors.append(gamma / sigma)
-            scaled.append(torch.mul(matrix, gamma / sigma, out=target))
-        if not in_place:
-            self.effective.copy_(self.parts.join(scaled))
+    def finish(self) -> None:
+        """Put the matrices that were written into the layer's weight, where they are not in it."""
+        if not self._is_in_place:
+            self.effective.copy_(self.parts.join([one.target for one in self._matrices]))

@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from tameformer.errors import PatchError
 from tameformer.optim.followed import Followed
 from tameformer.shapes import Float
-from tameformer.stabilizers.power_iteration import image_and_sigma, leading_left, power_steps
+from tameformer.stabilizers.power_iteration import image_and_sigma, leading_right, power_steps
 from tameformer.stabilizers.weight_parts import Parts
 from tameformer.tensors import gathered
 
@@ -52,11 +52,11 @@ def by_shape(gain: float, rows: int, columns: int) -> float:
 
 
 def effective_weight(
-    weight: Float[Tensor, "out in_"], gamma: Float[Tensor, ""], left: Float[Tensor, " out"]
+    weight: Float[Tensor, "out in_"], gamma: Float[Tensor, ""], right: Float[Tensor, " in_"]
 ) -> Float[Tensor, "out in_"]:
-    """Weight times gamma / sigma, with sigma = |weightᵀ left| for a fixed unit vector `left`; differentiable in the others.
+    """Weight times gamma / sigma, with sigma = |weight right| for a fixed unit vector `right`; differentiable in the others.
 
-    With the exact left singular vector this has the spectral norm |gamma|, the gradient of `weight` is orthogonal to `weight`,
+    With the exact right singular vector this has the spectral norm |gamma|, the gradient of `weight` is orthogonal to `weight`,
     and scaling `weight` changes nothing (equation 4).
 
     Example:
@@ -64,7 +64,7 @@ def effective_weight(
         tensor([[2., 0.],
                 [0., 2.]])
     """
-    _, sigma = image_and_sigma(weight, left)
+    _, sigma = image_and_sigma(weight, right)
     return weight * (gamma / sigma)
 
 
@@ -74,11 +74,11 @@ class _Now:
 
     is_ready: bool  # values have been given, if it came from the meta device
     owner: ParametrizationList | None = None
-    images: list[Tensor] | None = None  # Wᵀ left of the last training forward: half of the next power step
+    images: list[Tensor] | None = None  # W right of the last training forward: half of the next power step
     count: int | None = 0  # of updates
     seen_version: int | None = None  # of the weight when the vectors last advanced, in a loop without an optimizer
     has_optimizer: bool = False
-    left_version: int | None = None  # of the singular vectors when their length was known to be 1
+    right_version: int | None = None  # of the singular vectors when their length was known to be 1
 
 
 class SigmaReparam(nn.Module):
@@ -98,7 +98,7 @@ class SigmaReparam(nn.Module):
         "gamma",
     )  # the spectral norm is what weight decay can regularize, the length of W is without effect
     gamma: nn.Parameter
-    left: Tensor
+    right: Tensor
     updates: Tensor
 
     def __init__(
@@ -109,7 +109,7 @@ class SigmaReparam(nn.Module):
         # In fp32 also beside half precision: a rounded gamma would not start where the function is, and would not move.
         new = partial(torch.empty, dtype=_wide(weight), device=weight.device)
         self.gamma = nn.Parameter(new(len(parts.sizes)), requires_grad=weight.requires_grad)
-        self.register_buffer("left", new(sum(parts.sizes)))
+        self.register_buffer("right", new(len(parts.sizes), parts.columns))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64, device=weight.device))
         self._now = _Now(is_ready=not weight.is_meta)
         self._now.has_optimizer = False
@@ -135,8 +135,8 @@ class SigmaReparam(nn.Module):
     @torch.no_grad()
     def effective(self) -> Tensor:
         """The effective weight as forward and evaluation have it now."""
-        with _full_precision(self.left.device):
-            return _EffectiveWeight.apply(self.weight, self.gamma, self.left, self)  # pyright: ignore[reportReturnType]
+        with _full_precision(self.right.device):
+            return _EffectiveWeight.apply(self.weight, self.gamma, self.right, self)  # pyright: ignore[reportReturnType]
 
     @torch.no_grad()
     def spectra(self) -> tuple[Tensor, Tensor]:
@@ -144,7 +144,7 @@ class SigmaReparam(nn.Module):
 
         The spectral norm is |gamma|, as near as the singular vectors follow the weight: no power step is needed for it.
         """
-        with _full_precision(self.left.device):
+        with _full_precision(self.right.device):
             matrices, factors = self.scaled_parts()
             squares = torch.stack([dot(one, one) for one in matrices])
             return self.gamma.abs(), squares * factors.square()
@@ -152,9 +152,9 @@ class SigmaReparam(nn.Module):
     @torch.no_grad()
     def scaled_parts(self) -> tuple[list[Tensor], Tensor]:
         """The parts of the stored weight, and by what each is multiplied in the effective weight, (parts,)."""
-        with _full_precision(self.left.device):
+        with _full_precision(self.right.device):
             matrices = self._matrices(self.weight.detach())
-            sigmas = [image_and_sigma(*one)[1] for one in zip(matrices, self.parts.split(self.left), strict=True)]
+            sigmas = [image_and_sigma(*one)[1] for one in zip(matrices, self.right, strict=True)]
             return matrices, self.gamma / torch.stack(sigmas)
 
     def reset_parameters(self) -> None:
@@ -164,7 +164,7 @@ class SigmaReparam(nn.Module):
 
     @torch.no_grad()
     def _reset(self, weight: Tensor) -> None:
-        lefts, sigmas = [], []
+        rights, sigmas = [], []
         for matrix in self._matrices(weight.detach()):
             if not matrix.isfinite().all():
                 raise PatchError(
@@ -174,9 +174,9 @@ class SigmaReparam(nn.Module):
                 raise PatchError(
                     f"{self.name} is zero and has no direction to scale; initialize it, or leave it out: where="
                 )
-            lefts.append(leading_left(matrix))
-            sigmas.append(image_and_sigma(matrix, lefts[-1])[1])
-        self.left.copy_(torch.cat(lefts))
+            rights.append(leading_right(matrix))
+            sigmas.append(image_and_sigma(matrix, rights[-1])[1])
+        self.right.copy_(torch.stack(rights))
         if self.start is None:
             self.gamma.copy_(torch.stack(sigmas))
         else:
@@ -194,14 +194,14 @@ class SigmaReparam(nn.Module):
             )
         with _full_precision(weight.device):
             if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-                lefts = self.parts.split(self.left)
-                matrices = zip(self._matrices(weight), self.gamma.to(self.left.dtype).unbind(), lefts, strict=True)
-                return self.parts.join([effective_weight(*one) for one in matrices]).to(weight.dtype)
+                gammas = self.gamma.to(self.right.dtype)
+                parts = zip(self._matrices(weight), gammas.unbind(), self.right.unbind(), strict=True)
+                return self.parts.join([effective_weight(*one) for one in parts]).to(weight.dtype)
             if not self.training:
                 self._start_over_if_averaged()
             elif not self._now.has_optimizer:
                 self._advance_if_changed(weight)
-            return _EffectiveWeight.apply(weight, self.gamma, self.left, self)  # pyright: ignore[reportReturnType]
+            return _EffectiveWeight.apply(weight, self.gamma, self.right, self)  # pyright: ignore[reportReturnType]
 
     def _matrices(self, weight: Tensor) -> list[Tensor]:
         return [part.to(_wide(weight)) for part in self.parts.of(weight)]
@@ -224,12 +224,14 @@ class SigmaReparam(nn.Module):
 
         Shorter vectors give a smaller sigma, and the effective weight would be longer than gamma.
         """
-        if self.left.is_inference() or self.left._version == self._now.left_version:
+        if self.right.is_inference() or self.right._version == self._now.right_version:
             return
-        lengths = torch.stack([torch.linalg.vector_norm(left) for left in self.parts.split(self.left)])
+        lengths = torch.linalg.vector_norm(self.right, dim=-1)
         if bool(((lengths - 1).abs() > 1e-3).any()):
-            self.left.copy_(torch.cat([leading_left(one) for one in self._matrices(gathered(self.weight.detach()))]))
-        self._now.left_version = self.left._version
+            self.right.copy_(
+                torch.stack([leading_right(one) for one in self._matrices(gathered(self.weight.detach()))])
+            )
+        self._now.right_version = self.right._version
 
     def _apply(self, fn, recurse=True):
         """Moves to other devices, and to other dtypes unless they are narrower than fp32."""
@@ -243,15 +245,15 @@ class SigmaReparam(nn.Module):
 
         self._now.images = self._now.seen_version = None
         super()._apply(kept, recurse)
-        if self.left.is_meta:
+        if self.right.is_meta:
             self._now.is_ready = False
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._now.images = self._now.seen_version = self._now.count = None
-        if f"{prefix}gamma" in state_dict and f"{prefix}left" in state_dict:
-            self._now.is_ready = not self.left.is_meta
+        if f"{prefix}gamma" in state_dict and f"{prefix}right" in state_dict:
+            self._now.is_ready = not self.right.is_meta
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -265,40 +267,40 @@ class SigmaReparam(nn.Module):
 class _EffectiveWeight(torch.autograd.Function):
     """`effective_weight` of every part with half the passes over memory that its automatic gradient would take.
 
-    With G the gradient of the effective weight, v = left and u = weightᵀ v / sigma:
-    dgamma = <G, weight> / sigma and dweight = gamma / sigma (G - <G, weight> / sigma v uᵀ).
+    With G the gradient of the effective weight, v = right and u = weight v / sigma:
+    dgamma = <G, weight> / sigma and dweight = gamma / sigma (G - <G, weight> / sigma u vᵀ).
     """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, gamma: Tensor, left: Tensor, module: SigmaReparam) -> Tensor:
+    def forward(ctx, weight: Tensor, gamma: Tensor, right: Tensor, module: SigmaReparam) -> Tensor:
         parts = module.parts
         matrices = module._matrices(weight)
-        images, lengths = zip(*map(image_and_sigma, matrices, parts.split(left)), strict=True)
+        images, lengths = zip(*map(image_and_sigma, matrices, right), strict=True)
         if module.training:
             module._now.images = list(images)
         ctx.parts, ctx.sigmas, ctx.gammas = parts, numbers(lengths), numbers(gamma)
         # A copy: the buffer is written between two forward passes by DistributedDataParallel.
-        ctx.save_for_backward(weight, left.clone(), *images)
+        ctx.save_for_backward(weight, right.clone(), *images)
         factors = map(truediv, ctx.gammas, ctx.sigmas)
         return parts.filled(weight, [partial(torch.mul, *one) for one in zip(matrices, factors, strict=True)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        weight, left, *images = ctx.saved_tensors
+        weight, right, *images = ctx.saved_tensors
         parts: Parts = ctx.parts
         with _full_precision(weight.device):
             grad = grad.to_dense() if grad.is_sparse else grad
-            grads, matrices = ([part.to(left.dtype) for part in parts.of(one)] for one in (grad, weight))
+            grads, matrices = ([part.to(right.dtype) for part in parts.of(one)] for one in (grad, weight))
             products = numbers([dot(*both) for both in zip(grads, matrices, strict=True)])
             gamma_grads = list(map(truediv, products, ctx.sigmas))
-            gamma_grad = stacked(gamma_grads, like=left)
+            gamma_grad = stacked(gamma_grads, like=right)
             if not ctx.needs_input_grad[0]:
                 return None, gamma_grad, None, None
             writes = [
-                partial(without_share, one, gamma / sigma, -gamma / sigma * share / sigma, vector, image)
-                for one, gamma, sigma, share, vector, image in zip(
-                    grads, ctx.gammas, ctx.sigmas, gamma_grads, parts.split(left), images, strict=True
+                partial(without_share, one, gamma / sigma, -gamma / sigma * share / sigma, image, vector)
+                for one, gamma, sigma, share, image, vector in zip(
+                    grads, ctx.gammas, ctx.sigmas, gamma_grads, images, right, strict=True
                 )
             ]
             return parts.filled(weight, writes), gamma_grad, None, None
@@ -306,13 +308,13 @@ class _EffectiveWeight(torch.autograd.Function):
 
 def number(scalar: Tensor) -> Any:
     """A plain number where reading one costs nothing; on an accelerator it would wait for all work before it."""
-    return scalar.item() if scalar.device.type == "cpu" else scalar
+    return scalar.item() if scalar.is_cpu else scalar
 
 
 def numbers(scalars: Sequence[Tensor] | Tensor) -> Sequence[Any]:
     """Those of several, or the entries of a vector."""
     if isinstance(scalars, Tensor):
-        return scalars.tolist() if scalars.device.type == "cpu" else scalars.unbind()
+        return scalars.tolist() if scalars.is_cpu else scalars.unbind()
     return [number(scalar) for scalar in scalars]
 
 
@@ -328,13 +330,13 @@ def dot(one: Tensor, other: Tensor) -> Tensor:
     return torch.dot(one.reshape(-1), other.reshape(-1))
 
 
-def without_share(grad: Tensor, factor: Any, share: Any, left: Tensor, image: Tensor, out: Tensor | None = None):
-    """Factor * grad + share * left imageᵀ; in one pass where the two factors are plain numbers."""
+def without_share(grad: Tensor, factor: Any, share: Any, image: Tensor, right: Tensor, out: Tensor | None = None):
+    """Factor * grad + share * image rightᵀ; in one pass where the two factors are plain numbers."""
     if isinstance(factor, float) and (out is None or out.dtype == grad.dtype):
-        return torch.addr(grad, left, image, beta=factor, alpha=share, out=out)
+        return torch.addr(grad, image, right, beta=factor, alpha=share, out=out)
     if out is None or out.dtype == grad.dtype:
-        return torch.mul(grad, factor, out=out).addr_(left * share, image)
-    return out.copy_((grad * factor).addr_(left * share, image))
+        return torch.mul(grad, factor, out=out).addr_(image * share, right)
+    return out.copy_((grad * factor).addr_(image * share, right))
 
 
 def _wide(weight: Tensor) -> torch.dtype:
@@ -354,16 +356,15 @@ def _advance(due: Iterable[SigmaReparam]) -> None:
     for one in due:
         by_steps.setdefault(one.steps_at(one._updates_so_far()), []).append(one)
     for steps, members in by_steps.items():
-        matrices, lefts, images = [], [], []
-        with _full_precision(members[0].left.device):
+        matrices, rights, images = [], [], []
+        with _full_precision(members[0].right.device):
             for one in members:
                 of_one = one._matrices(gathered(one.weight.detach()))
                 matrices += of_one
-                lefts += one.parts.split(one.left)
+                rights += one.right.unbind()
                 images += one._now.images or [None] * len(of_one)
-            found = iter(power_steps(matrices, lefts, images, steps=steps))
+            power_steps(matrices, rights, images, steps=steps)
         for one in members:
-            one.left.copy_(torch.cat([next(found) for _ in one.parts.sizes]))
             one._now.images, one._now.count = None, one._updates_so_far() + 1
             one.updates.add_(1)
 

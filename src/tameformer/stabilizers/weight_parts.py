@@ -115,6 +115,7 @@ class Parts:
             raise PatchError(f"expected parts that make up {count} rows, got {rows}; mend split=")
         self.shape, self.transposed, self.groups = shape, transposed, rows.groups
         self.sizes = tuple(rows.groups * size for size in rows.sizes)
+        self.columns = shape.numel() // count
         self._in_group = rows.sizes
         self._is_stored_so = len(self.sizes) == 1 and len(shape) == 2 and not transposed
 
@@ -147,14 +148,10 @@ class Parts:
             for write, part in zip(fill, self.of(result), strict=True):
                 write(out=part)
             return result
-        parts = [weight.new_empty(size, weight.numel() // sum(self.sizes)) for size in self.sizes]
+        parts = [weight.new_empty(size, self.columns) for size in self.sizes]
         for write, part in zip(fill, parts, strict=True):
             write(out=part)
         return self.join(parts)
-
-    def split(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """A vector over all parts' rows, part by part."""
-        return (vector,) if len(self.sizes) == 1 else vector.split(self.sizes)
 
 
 def _number(parent: nn.Module | None, *names: str) -> int | None:
