@@ -118,6 +118,19 @@ def test_an_optimizer_under_which_weights_would_stand_still_is_refused():
     beside.follow(torch.optim.SGD(beside.groups(trained), lr=0.1))  # one that is frozen may be left out
 
 
+@pytest.mark.parametrize("how", [lambda step, closure: step(closure), lambda step, closure: step(closure=closure)])
+def test_a_closure_is_refused_whose_gradients_would_come_too_late(how):
+    model = model_of()
+    beside = SigmaBesideOptimizer(model)
+    optimizer = optimizer_of(model, beside)
+    beside.follow(optimizer)
+    before = copy.deepcopy(beside.state_dict())
+    with pytest.raises(ValueError, match=r"expected step\(\) after backward\(\), got step\(closure\)"):
+        how(optimizer.step, lambda: model(DATA).sum().backward())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in beside.state_dict().items())
+    optimizer.step(None)
+
+
 def test_resumes_exactly():
     model = model_of()
     beside = SigmaBesideOptimizer(model)

@@ -13,7 +13,7 @@ gradient in a step are put back after it.
 A checkpoint holds `state_dict()` beside those of model and optimizer.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,7 +140,8 @@ class SigmaBesideOptimizer:
         """Give the optimizer its gradients before each step, and the layers their weights after it.
 
         Raises:
-            ValueError: It was not built over `groups`, so that weights would stand still.
+            ValueError: It was not built over `groups`, so that weights would stand still. A step with a closure raises it, too,
+                since its gradients would come too late.
         """
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, weight in self._weights.items():
@@ -150,7 +151,7 @@ class SigmaBesideOptimizer:
                     f"expected an optimizer over the stored weight of {name}, got one "
                     f"{'without it' if is_missed else 'over the weight itself'}; build it over groups(...) of this object"
                 )
-        optimizer.register_step_pre_hook(lambda *_: self._take_gradients())
+        optimizer.register_step_pre_hook(lambda _, given, named: self._take_gradients(given, named))
         optimizer.register_step_post_hook(lambda *_: self._advance())
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -178,7 +179,11 @@ class SigmaBesideOptimizer:
         return self.gammas.detach().split(self._counts)
 
     @torch.no_grad()
-    def _take_gradients(self) -> None:
+    def _take_gradients(self, given: Sequence[Any], named: Mapping[str, Any]) -> None:
+        if any(one is not None for one in [*given[1:], named.get("closure")]):
+            raise ValueError(
+                "expected step() after backward(), got step(closure); call the closure first, or use sigma_reparam"
+            )
         found, self._resting = [], []
         for place, weight in enumerate(self._weights.values()):
             if weight.effective.grad is None:
