@@ -7,6 +7,7 @@ from torch import nn
 from tameformer.optim import decay_groups
 from tameformer.stabilizers.sigma_optimizer import SigmaBesideOptimizer
 from tameformer.stabilizers.sigma_reparam import Rows, SigmaReparam, sigma_reparam
+from zoo import FAMILIES, main_output
 
 DATA = torch.linspace(-1, 1, 8 * 6).mul(7).sin().view(8, 6)
 
@@ -191,6 +192,32 @@ def test_layers_in_bf16_compute_under_autocast_what_it_would_round_fp32_to():
     (losses, state), (rounded_losses, rounded_state) = trained(None), trained(torch.bfloat16)
     assert rounded_losses == losses
     assert all(torch.equal(rounded_state[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["torch-transformer", "vision", "bert-sdpa", "vit-sdpa", "gpt2-sdpa", "llama-sdpa", "t5-sdpa", "marian-sdpa"],
+)
+def test_layers_in_bf16_train_every_family_as_fp32_ones_do_under_autocast(name):
+    def trained(dtype):
+        torch.manual_seed(0)
+        model, inputs, losses = FAMILIES[name].model(), FAMILIES[name].inputs(), []
+        beside = SigmaBesideOptimizer(model, dtype=dtype)
+        optimizer = optimizer_of(model, beside, fused=True)
+        beside.follow(optimizer)
+        for seed in range(3):
+            torch.manual_seed(seed)  # of dropout
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                output = main_output(model(**inputs))
+            losses.append(output.float().square().mean())
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [loss.item() for loss in losses], beside.state_dict()
+
+    (losses, state), (rounded_losses, rounded_state) = trained(None), trained(torch.bfloat16)
+    assert rounded_losses == losses
+    assert all(torch.equal(rounded_state[key], tensor) for key, tensor in state.items())
 
 
 def test_embeddings_stay_in_fp32_beside_layers_in_bf16():
