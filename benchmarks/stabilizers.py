@@ -3,11 +3,10 @@
 Each variant has a model and a fused AdamW of its own and takes its turn in every round, in random order; ratios are taken
 inside the round. "At first" takes three power steps an update, as the first hundred updates do, the others one. "Beside" keeps
 stored weights and gammas beside the optimizer, and the layers' weights in the precision of the step unless the head says fp32;
-"its own work" is 1 and the time of what it does itself over that of the plain
-step, without what else becomes slower because of the memory it has touched. With four micro-batches the tokens of a step come
-in four parts. Memory is that by which a fresh process, or its accelerator, grows for model, gradients, moments and three
-steps. Sigma's start is compared with the decomposition that the published layers start from. Where there is an accelerator,
-all is measured there.
+"its own work" is 1 and the time of what it does itself over that of the plain step, without what else becomes slower because
+of the memory it has touched. With four micro-batches the tokens of a step come in four parts. Memory is that by which a fresh
+process, or its accelerator, grows for model, gradients, moments and three steps. Sigma's start is compared with the
+decomposition that the published layers start from. Where there is an accelerator, all is measured there.
 """
 
 import dataclasses

@@ -150,6 +150,15 @@ def test_resumes_exactly():
     assert train(fresh, resumed, 5) == expected
 
 
+def test_a_state_that_lacks_a_weight_changes_nothing():
+    beside = SigmaBesideOptimizer(model_of())
+    before = copy.deepcopy(beside.state_dict())
+    state = {name: tensor + 1 for name, tensor in before.items() if name != "2.weight.right"}
+    with pytest.raises(KeyError, match=r"got one without 2\.weight\.right and 0 more"):
+        beside.load_state_dict(state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in beside.state_dict().items())
+
+
 def test_weights_whose_memory_is_exchanged_are_followed():
     """As optimizers that look around, and averages of weights, do it: by `parameter.data = ...`."""
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from reparametrized import FAMILIES, TOKENS, gpt2, members, spectral_norm, torch_encoder, train
+from tameformer.errors import PatchError
 from tameformer.patch import named
 from tameformer.stabilizers.sigma_reparam import Rows, effective_weight, is_matrix_layer, sigma_reparam, whole
 
@@ -84,6 +85,15 @@ def test_gradients_in_fp32_against_float64(shape):
     effective_weight(weight, gamma[0], nn.functional.normalize(one.right[0].double(), dim=0)).backward(grad.double())
     for mine, exact, bound in ((one.weight.grad, weight.grad, 1e-6), (one.gamma.grad, gamma.grad, 5e-5)):
         assert (mine.double() - exact).norm() <= bound * exact.norm()
+
+
+def test_a_weight_that_has_become_zero_is_named():
+    model = nn.Sequential(nn.Linear(3, 3))
+    sigma_reparam(model)
+    with torch.no_grad():
+        members(model)[0].weight.zero_()
+    with pytest.raises(PatchError, match=r"0\.weight has become zero and has no direction to scale"):
+        model(torch.ones(1, 3))
 
 
 def test_second_derivatives_are_refused_or_right():

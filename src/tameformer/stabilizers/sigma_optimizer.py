@@ -167,9 +167,16 @@ class SigmaBesideOptimizer:
         """Take over what `state_dict` gave, and write the layers' weights from it.
 
         Raises:
-            KeyError: A weight is not in it.
+            KeyError: A weight is not in it; nothing has changed then.
         """
-        for name, tensor in self.state_dict().items():
+        mine = self.state_dict()
+        missing = [name for name in mine if name not in state]
+        if missing:
+            raise KeyError(
+                f"expected the state of the same weights, got one without {missing[0]} and {len(missing) - 1} more; "
+                f"load what state_dict() gave for this model"
+            )
+        for name, tensor in mine.items():
             tensor.copy_(state[name])
         self.updates = int(state["updates"])
         self._write()
@@ -185,9 +192,8 @@ class SigmaBesideOptimizer:
                 "expected step() after backward(), got step(closure); call the closure first, or use sigma_reparam"
             )
         found, self._resting = [], []
-        for place, weight in enumerate(self._weights.values()):
+        for weight, gamma in zip(self._weights.values(), self._gammas(), strict=True):
             if weight.effective.grad is None:
-                gamma = self._gammas()[place]
                 self._resting.append((gamma, gamma.clone()))
                 found += numbers(torch.zeros_like(gamma))
                 weight.stored.grad = None

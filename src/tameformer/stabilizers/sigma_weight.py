@@ -281,7 +281,12 @@ class _EffectiveWeight(torch.autograd.Function):
         ctx.parts, ctx.sigmas, ctx.gammas = parts, numbers(lengths), numbers(gamma)
         # A copy: the buffer is written between two forward passes by DistributedDataParallel.
         ctx.save_for_backward(weight, right.clone(), *images)
-        factors = map(truediv, ctx.gammas, ctx.sigmas)
+        try:
+            factors = list(map(truediv, ctx.gammas, ctx.sigmas))
+        except ZeroDivisionError:
+            raise PatchError(
+                f"{module.name} has become zero and has no direction to scale; give it other values"
+            ) from None
         return parts.filled(weight, [partial(torch.mul, *one) for one in zip(matrices, factors, strict=True)])
 
     @staticmethod
